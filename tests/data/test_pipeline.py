@@ -1,0 +1,334 @@
+"""The pipeline: rows, order, shards, resuming, bad records."""
+
+import dataclasses
+import io
+import itertools
+import json
+import re
+
+import grain
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+from vocojax.config import DataConfig, PromptConfig
+from vocojax.data import pipeline, sources, tokenizer
+from vocojax.errors import DataError
+
+PROMPT = PromptConfig(layout="qa_v1", strip_newlines="none")
+DATA = DataConfig(
+  source="llava_json",
+  path="",
+  image_folder="",
+  tokenizer="",
+  train_split="train",
+  max_text_length=12,
+  max_images=2,
+  conversations_per_record=0,
+  batch_size=4,
+  flip_images=False,
+  pad_to_square=True,
+  num_workers=0,
+  prefetch_batches=2,
+  on_bad_record="skip",
+)
+NUM_RECORDS = 21
+
+
+def entry(i, **change):
+  turns = [
+    {"from": "human", "value": f"number {i} ?"},
+    {"from": "gpt", "value": f"{i}"},
+  ]
+  return {"id": f"r{i}", "image": f"{i}.png", "conversations": turns} | change
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("images")
+  for i in range(NUM_RECORDS):
+    Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / f"{i}.png")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def words():
+  return tokenizer.build_word_level(f"number {i} ?" for i in range(NUM_RECORDS))
+
+
+def source_of(tmp_path, folder, entries):
+  path = tmp_path / "data.json"
+  path.write_text(json.dumps(entries))
+  return sources.llava_json(path, folder)
+
+
+@pytest.fixture
+def source(tmp_path, folder):
+  return source_of(tmp_path, folder, [entry(i) for i in range(NUM_RECORDS)])
+
+
+def batches(source, words, data=DATA, seed=0, shard=(0, 1), size=4):
+  encoder = pipeline.Encoder(words, PROMPT, data, 8)
+  return pipeline.train_dataset(source, encoder, data, seed, *shard, size)
+
+
+def numbers(batch):
+  """Which records are in a batch: each image's colour is its number."""
+  return batch.arrays["images"][:, 0, 0, 0, 0].tolist()
+
+
+def take(dataset, count):
+  iterator = iter(dataset)
+  result = list(itertools.islice(iterator, count))
+  iterator.close()
+  return result
+
+
+def assert_equal(a, b):
+  assert a.bad_records == b.bad_records
+  for key in a.arrays:
+    np.testing.assert_array_equal(a.arrays[key], b.arrays[key], key)
+
+
+def record(*conversations, images=1):
+  colour = Image.new("RGB", (4, 8), (200, 0, 0))
+  colour.paste((0, 200, 0), (0, 0, 2, 4))
+
+  file = io.BytesIO()
+  colour.save(file, format="PNG")
+  return sources.Record(
+    "x", (file.getvalue(),) * images, tuple((c,) for c in conversations)
+  )
+
+
+def test_row(words):
+  encoder = pipeline.Encoder(words, PROMPT, DATA, 8)
+  row = encoder(
+    record(("number ?", "3"), ("?", "4 5")), np.random.default_rng(0)
+  )
+  ids = words.convert_tokens_to_ids(["number", "?", "3", "</s>", "4", "5"])
+  number, mark, three, eos, four, five = ids
+  want = {
+    "input_ids": [number, mark, three, eos, mark, four, five, eos, *[0] * 4],
+    "labels": [
+      *[-100, -100, three, eos, -100, four, five, eos],
+      *[-100] * 4,
+    ],
+    "segment_ids": [1] * 4 + [2] * 4 + [0] * 4,
+    "text_group_ids": [1] * 8 + [0] * 4,
+    "image_group_ids": [1, 0],
+  }
+  for key, value in want.items():
+    assert row[key].tolist() == value, key
+    assert row[key].dtype == np.int32
+  assert row["images"].shape == (2, 8, 8, 3)
+  assert row["images"].dtype == np.uint8
+  assert row["images"][0].any() and not row["images"][1].any()
+
+
+def test_text_only_row(words):
+  encoder = pipeline.Encoder(words, PROMPT, DATA, 8)
+  row = encoder(record(("?", "3"), images=0), np.random.default_rng(0))
+  assert row["input_ids"][0] == words.bos_token_id
+  assert row["segment_ids"].tolist() == [1] * 4 + [0] * 8
+  assert not row["text_group_ids"].any() and not row["image_group_ids"].any()
+
+
+def test_conversations_are_sampled_without_replacement(words):
+  data = dataclasses.replace(DATA, conversations_per_record=3)
+  encoder = pipeline.Encoder(words, PROMPT, data, 8)
+  turns = [("?", str(i)) for i in range(5)]
+  answers = words.convert_tokens_to_ids([str(i) for i in range(5)])
+  seen = set()
+  for seed in range(20):
+    row = encoder(record(*turns), np.random.default_rng(seed))
+    found = row["input_ids"][[1, 4, 7]].tolist()
+    assert len(set(found)) == 3 and set(found) <= set(answers)
+    seen.update(found)
+  assert seen == set(answers)
+
+
+def test_what_does_not_fit(words):
+  encoder = pipeline.Encoder(words, PROMPT, DATA, 8)
+  rng = np.random.default_rng(0)
+  five = ("number ?", "1 2")
+  row = encoder(record(five, five, five), rng)
+  assert row["segment_ids"].max() == 2
+  assert np.count_nonzero(row["segment_ids"]) == 10
+  exact = encoder(record(("?", "1 " * 10)), rng)
+  assert exact["segment_ids"].all()
+  with pytest.raises(DataError, match=r"record x: .* 13 tokens.* most 12"):
+    encoder(record(("?", "1 " * 11)), rng)
+  with pytest.raises(DataError, match=r"record x: 3 images.* at most 2"):
+    encoder(record(five, images=3), rng)
+
+
+def test_flips(words):
+  data = dataclasses.replace(DATA, flip_images=True)
+  plain = pipeline.Encoder(words, PROMPT, DATA, 8)
+  encoder = pipeline.Encoder(words, PROMPT, data, 8)
+  item = record(("?", "1"))
+  image = plain(item, np.random.default_rng(0))["images"][0]
+  mirrored = [image, image[::-1], image[:, ::-1], image[::-1, ::-1]]
+  seen = set()
+  for seed in range(30):
+    flipped = encoder(item, np.random.default_rng(seed))["images"][0]
+    (which,) = (i for i, m in enumerate(mirrored) if (flipped == m).all())
+    seen.add(which)
+  assert seen == {0, 1, 2, 3}
+
+
+def test_each_epoch_has_every_record_in_a_new_order(source, words):
+  dataset = batches(source, words, size=NUM_RECORDS)
+  epochs = [numbers(batch) for batch in take(dataset, 3)]
+  for epoch in epochs:
+    assert sorted(epoch) == list(range(NUM_RECORDS))
+  assert len({tuple(epoch) for epoch in epochs}) == 3
+  assert [numbers(batch) for batch in take(dataset, 3)] == epochs
+  other = take(batches(source, words, seed=1, size=NUM_RECORDS), 1)
+  assert numbers(other[0]) != epochs[0]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_shards_are_disjoint_and_complete(source, words, count):
+  """Together they are what one process would see, in every step."""
+  steps, size = 14, 6 // count
+  whole = take(batches(source, words, size=6), steps)
+  parts = [
+    take(batches(source, words, shard=(i, count), size=size), steps)
+    for i in range(count)
+  ]
+  for step, batch in enumerate(whole):
+    together = [n for part in parts for n in numbers(part[step])]
+    assert sorted(together) == sorted(numbers(batch))
+  # 3 steps of 6, and half a fourth, are an epoch of 21.
+  first = [n for part in parts for batch in part[:3] for n in numbers(batch)]
+  assert len(set(first)) == 18
+
+
+def test_workers_do_not_change_the_order(source, words):
+  data = dataclasses.replace(DATA, flip_images=True, conversations_per_record=1)
+  alone = iter(batches(source, words, data))
+  whole = [next(alone)]
+  state = alone.get_state()
+  whole += itertools.islice(alone, 11)
+  # A state taken without workers is good with them, and the other way round.
+  two = dataclasses.replace(data, num_workers=2)
+  workers = iter(batches(source, words, two))
+  workers.set_state(state)
+  for batch in whole[1:8]:
+    assert_equal(next(workers), batch)
+  alone.set_state(workers.get_state())
+  for batch in whole[8:]:
+    assert_equal(next(alone), batch)
+  alone.close()
+  workers.close()
+
+
+def test_checkpoint_in_the_middle_of_an_epoch(source, words, tmp_path):
+  data = dataclasses.replace(DATA, flip_images=True)
+  whole = take(batches(source, words, data), 14)
+  for stop in (0, 1, 7):
+    iterator = iter(batches(source, words, data))
+    for _ in range(stop):
+      next(iterator)
+    path = tmp_path / str(stop)
+    with ocp.CheckpointManager(path) as manager:
+      save = grain.checkpoint.CheckpointSave(iterator)
+      manager.save(0, args=ocp.args.Composite(data=save))
+    iterator.close()
+    restored = iter(batches(source, words, data))
+    with ocp.CheckpointManager(path) as manager:
+      restore = grain.checkpoint.CheckpointRestore(restored)
+      manager.restore(0, args=ocp.args.Composite(data=restore))
+    for batch in whole[stop:]:
+      assert_equal(next(restored), batch)
+    restored.close()
+
+
+@pytest.fixture
+def bad_source(tmp_path, folder):
+  """Three bad records among 21, each bad in another way."""
+  entries = [entry(i) for i in range(NUM_RECORDS)]
+  data = (folder / "0.png").read_bytes()
+  (folder / "cut.png").write_bytes(data[: len(data) - 30])
+  entries[3] = entry(3, image="cut.png")
+  entries[8] = entry(8, image="gone.png")
+  entries[13] = {"id": "r13", "image": "13.png"}
+  entries[18] = entry(18)
+  entries[18]["conversations"][1]["value"] = "1 " * 12
+  return source_of(tmp_path, folder, entries)
+
+
+MESSAGES = [
+  "record r3: .*cut.png: not an image .*replace the file",
+  "record r8: .*gone.png: no such image file .*image_folder",
+  "record 13 .id 'r13'.: field conversations: found 'nothing'",
+  "record r18: a conversation of 16 tokens, expected at most 12; raise",
+]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_records_are_skipped_and_reported(bad_source, words, num_workers):
+  data = dataclasses.replace(DATA, num_workers=num_workers)
+  iterator = iter(batches(bad_source, words, data))
+  seen, found, messages, states = [], [], [], []
+  for _ in range(8):
+    batch = next(iterator)
+    seen.append(batch)
+    states.append(iterator.get_state())
+    found += numbers(batch)
+    messages += batch.bad_records
+    assert batch.arrays["images"].shape[0] == 4
+  assert not {3, 8, 13, 18} & set(found)
+  assert len(set(found)) == NUM_RECORDS - 4
+  for pattern in MESSAGES:
+    assert any(re.search(pattern, message) for message in messages)
+  # What was skipped counts as read: nothing comes twice or is reported twice.
+  iterator.close()
+  if not num_workers:
+    again = iter(batches(bad_source, words, data))
+    again.set_state(states[2])
+    for batch in seen[3:]:
+      assert_equal(next(again), batch)
+    again.close()
+
+
+def test_bad_record_stops_the_run(bad_source, words):
+  data = dataclasses.replace(DATA, on_bad_record="stop")
+  with pytest.raises(DataError, match="on_bad_record=skip would") as e:
+    take(batches(bad_source, words, data), 8)
+  assert "\n" not in str(e.value)
+
+
+def test_no_good_record(tmp_path, folder, words):
+  entries = [entry(i, image="gone.png") for i in range(5)]
+  source = source_of(tmp_path, folder, entries)
+  with pytest.raises(DataError, match="10 bad records in a row of a source"):
+    take(batches(source, words), 1)
+
+
+def test_one_good_record(tmp_path, folder, words):
+  entries = [entry(i, image="gone.png") for i in range(5)]
+  entries[3] = entry(3)
+  source = source_of(tmp_path, folder, entries)
+  for batch in take(batches(source, words), 10):
+    assert numbers(batch) == [3] * 4
+
+
+def test_eval_records(bad_source):
+  reports = []
+  found = [
+    (record.id, images.shape, int(images[0, 0, 0, 0]))
+    for record, images in pipeline.eval_records(
+      bad_source, 8, DATA, reports.append
+    )
+  ]
+  # Record 18 is only too long to be trained on.
+  good = [i for i in range(NUM_RECORDS) if i not in (3, 8, 13)]
+  assert found == [(f"r{i}", (1, 8, 8, 3), i) for i in good]
+  assert len(reports) == 3
+  stop = dataclasses.replace(DATA, on_bad_record="stop")
+  with pytest.raises(DataError, match="record r3"):
+    list(pipeline.eval_records(bad_source, 8, stop))

@@ -1,0 +1,256 @@
+"""Each mistake on a command line is one line that names it; see cli.py."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import sys
+from absl import flags
+from vocojax import cli
+from vocojax.errors import DataError
+
+CONFIG = cli.define_config()
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+SHARDS = flags.DEFINE_integer("shards", 1, "Parts.")
+flags.mark_flag_as_required("workdir")
+
+
+def main():
+  config = CONFIG.value
+  print("workdir", WORKDIR.value)
+  print("steps", config.training.steps, "freeze", config.optimizer.freeze)
+  print("phase", config.phase.to_dict())
+  if WORKDIR.value == "bad":
+    raise DataError("cat.png: not an image;\\n replace it")
+  if WORKDIR.value == "bug":
+    raise ValueError("a bug")
+  if WORKDIR.value == "wait":
+    print("ready", flush=True)
+    sys.stdin.read()
+  if WORKDIR.value == "status":
+    return 7
+
+
+if __name__ == "__main__":
+  cli.run(main, "Does little.")
+"""
+
+CONFIG = """
+from configs import common
+
+
+def get_config():
+  c = common.get_config()
+  c.training.steps = 10
+  c.phases = ("full", "voco")
+  c.phase.full = {"seed": 1, "data": {"batch_size": 4}}
+  c.phase.voco = {"seed": 2}
+  return c
+"""
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  path = tmp_path_factory.mktemp("cli")
+  (path / "program.py").write_text(PROGRAM)
+  (path / "good.py").write_text(CONFIG)
+  return path
+
+
+def start(folder, *arguments):
+  return subprocess.Popen(
+    [sys.executable, "program.py", *arguments],
+    cwd=folder,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def run(folder, *arguments, config="good.py", workdir="there"):
+  first = [f"--config={config}", f"--workdir={workdir}"]
+  process = start(folder, *first, *arguments)
+  out, err = process.communicate(timeout=60)
+  return process.returncode, out, err
+
+
+def error(folder, *arguments, **flags):
+  """Runs with a mistake; returns the one line that it must print."""
+  status, _, err = run(folder, *arguments, **flags)
+  assert status == 2, err
+  assert err.startswith("error: ") and err.count("\n") == 1, err
+  return err
+
+
+def test_overrides_reach_the_config(folder):
+  status, out, err = run(
+    folder,
+    "--config.training.steps=5",
+    "--config.optimizer.freeze=('^llm/',)",
+    "--config.phase.voco.seed=3",
+    "--config.phase.voco.training.accumulate=2",  # not in the file's phase
+  )
+  assert status == 0, err
+  assert "steps 5 freeze ('^llm/',)" in out
+  assert (
+    "phase {'full': {'data': {'batch_size': 4}, 'seed': 1}, "
+    "'voco': {'seed': 3, 'training': {'accumulate': 2}}}" in out
+  )
+
+
+@pytest.mark.parametrize(
+  ("argument", "words"),
+  [
+    (
+      "--config.training.stepz=5",
+      "config.training.stepz: unknown key; the nearest key is "
+      "'config.training.steps'",
+    ),
+    (
+      "--config.learning_rate=1",
+      "config.learning_rate: unknown key; the nearest key is "
+      "'config.optimizer.learning_rate'",
+    ),
+    (
+      "--config.phase.voco.trainin.steps=5",
+      "config.phase.voco.trainin.steps: unknown key; the nearest key is "
+      "'config.phase.voco.training.steps'",
+    ),
+    (
+      "--config.phase.vocoo.seed=5",
+      "config.phase.vocoo.seed: unknown key; the nearest key is "
+      "'config.phase.voco.seed'",
+    ),
+    ("--config.seed.x=5", "config.seed.x: unknown key"),
+    ("--config.=5", "config.: unknown key"),
+    (
+      "--config.seed=5",
+      "config.seed: has no effect, since phases full, voco have their own; "
+      "set config.phase.full.seed",
+    ),
+    (
+      "--config.training.steps=abc",
+      "config.training.steps: found 'abc', expected int, such as 10",
+    ),
+    (
+      "--config.optimizer.b1=abc",
+      "config.optimizer.b1: found 'abc', expected float, such as 0.9",
+    ),
+    (
+      "--config.data.flip_images=maybe",
+      "config.data.flip_images: found 'maybe', expected bool",
+    ),
+    (
+      "--config.phase.full.data.batch_size=x",
+      "config.phase.full.data.batch_size: found 'x', expected int, such as 4",
+    ),
+    (
+      "--config.optimizer.freeze=('a', b c",
+      "config.optimizer.freeze: found \"('a', b c\", expected tuple",
+    ),
+    ("--config.training={'steps': 5}", "config.training: a group of keys"),
+    ("--config.phase.full=5", "config.phase.full: a group of keys"),
+    ("--config=good.py", "--config=good.py: given twice; give it once"),
+    ("--workdri=x", "--workdri: unknown flag; the nearest flag is 'workdir'"),
+    ("--shards=many", "--shards=many: "),
+    ("--workdir", "error: Missing value for flag --workdir"),
+    ("leftover", "leftover: not a flag; flags are written --name=value"),
+  ],
+)
+def test_wrong_argument(folder, argument, words):
+  assert words in error(folder, argument)
+
+
+@pytest.mark.parametrize(
+  ("name", "text", "words"),
+  [
+    ("nope.py", None, "--config=nope.py: no such file; configs/"),
+    ("", None, "--config=: no such file; "),
+    (".", None, "--config=.: no such file; "),
+    ("syntax.py", "x = 1\ny = = 2\n", "syntax.py:2: SyntaxError: "),
+    ("name.py", "x = 1\n\ny = z\n", "name.py:3: NameError: name 'z'"),
+    ("empty.py", "", "empty.py: KeyError: 'get_config'"),
+    (
+      "inner.py",
+      "def get_config():\n  return 1 / 0\n",
+      "inner.py:2: ZeroDivisionError: ",
+    ),
+    (
+      "io.py",
+      "def get_config():\n  return open('absent')\n",
+      "io.py:2: FileNotFoundError: ",
+    ),
+    (
+      "none.py",
+      "def get_config():\n  pass\n",
+      "none.py: get_config() returned NoneType, expected a ConfigDict",
+    ),
+  ],
+)
+def test_wrong_config_file(folder, name, text, words):
+  if text is not None:
+    (folder / name).write_text(text)
+  assert words in error(folder, config=name)
+
+
+def test_missing_flags(folder):
+  for arguments, words in (
+    ([], "--config: missing; configs/"),
+    (["--config=good.py"], "--workdir: missing; --help lists all flags"),
+    (
+      ["--workdir=x", "--config.seed=1"],
+      "--config.seed: needs --config=FILE as well",
+    ),
+    (["--config.name=1", "--config=good.py"], "config.name: unknown key"),
+    (["--config"], "Missing value for flag --config"),
+  ):
+    process = start(folder, *arguments)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2, err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert words in err
+
+
+def test_error_of_the_program_itself(folder):
+  assert error(folder, workdir="bad") == (
+    "error: cat.png: not an image; replace it\n"
+  )
+
+
+def test_bug_keeps_its_trace(folder):
+  status, _, err = run(folder, workdir="bug")
+  assert status == 1
+  assert err.startswith("Traceback") and "ValueError: a bug" in err
+
+
+def test_status_is_passed_on(folder):
+  assert run(folder, workdir="status")[0] == 7
+
+
+def test_interrupt(folder):
+  process = start(folder, "--config=good.py", "--workdir=wait")
+  while process.stdout.readline() != "ready\n":
+    assert process.poll() is None
+  process.send_signal(signal.SIGINT)
+  _, err = process.communicate(timeout=60)
+  assert (process.returncode, err) == (130, "error: interrupted\n")
+
+
+def test_help_lists_only_own_flags(folder):
+  process = start(folder, "--help")
+  out, err = process.communicate(timeout=60)
+  assert (process.returncode, err) == (0, "")
+  assert "Does little." in out
+  for words in ("--config:", "--workdir: Folder", "--shards", "configs/voco_"):
+    assert words in out
+  assert "verbosity" not in out
+  assert out.count("\n") < 15

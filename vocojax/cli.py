@@ -1,0 +1,237 @@
+"""What every `python -m vocojax.X` does around its main. Read next: config.py.
+
+Flags are absl's and the config is a `config_flags` flag, as in most JAX
+programs. Added here: a mistake of the user is one line on stderr and exit
+status 2; a mistake of ours keeps its stack trace.
+
+  FLAGS_CONFIG = cli.define_config()
+
+  def main() -> None:
+    config = FLAGS_CONFIG.value
+
+  if __name__ == "__main__":
+    cli.run(main, "Trains a model.")
+"""
+
+import functools
+import operator
+import pathlib
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import ml_collections
+from absl import flags, logging
+from ml_collections import config_flags
+
+from vocojax import config as config_lib
+from vocojax.errors import ConfigError, UserError
+
+# Flags defined through this module belong to the program that defines them,
+# and so they are in its --help.
+flags.disclaim_key_flags()
+
+CONFIG_FOLDER = pathlib.Path(__file__).resolve().parent.parent / "configs"
+
+
+def run(main: Callable[[], int | None], usage: str) -> NoReturn:
+  """Parses the command line, calls `main` and exits with what it returns.
+
+  Args:
+    main: the program; None or 0 is success.
+    usage: one or a few sentences for --help.
+
+  Raises:
+    SystemExit: always; status 2 for a user's mistake, 130 for Ctrl-C.
+  """
+  logging.use_absl_handler()
+  if {"--help", "-help", "-h"} & set(sys.argv[1:]):
+    print(_help(usage))
+    sys.exit(0)
+  try:
+    _parse_flags()
+    sys.exit(main())
+  except UserError as e:
+    message, status = " ".join(str(e).split()), 2
+  except KeyboardInterrupt:
+    message, status = "interrupted", 130
+  print(f"error: {message}", file=sys.stderr)
+  sys.exit(status)
+
+
+def define_config() -> flags.FlagHolder:
+  """Defines `--config=FILE` and `--config.KEY=VALUE`; the file is required.
+
+  Returns:
+    A holder whose `.value` is, once flags are parsed, a locked ConfigDict.
+  """
+  holder = config_flags.DEFINE_config_file(
+    "config", None, "Config file; --config.KEY=VALUE changes one of its keys."
+  )
+  flags.FLAGS["config"].parser = _ConfigParser()
+  flags.mark_flag_as_required("config")
+  return holder
+
+
+class _ConfigParser(flags.ArgumentParser):
+  """Loads a config file and checks the keys that the command line changes.
+
+  Stands in for the parser of `config_flags`, which delays or reformats what
+  goes wrong in the file and cannot say which key was meant.
+  """
+
+  def parse(self, argument: str) -> ml_collections.ConfigDict:
+    if flags.FLAGS["config"].present:
+      raise ConfigError(f"--config={argument}: given twice; give it once")
+    config = _load(argument)
+    for override in sys.argv[1:]:
+      if match := re.match(r"--?(?:no)?config\.([^=]*)", override):
+        _prepare_key(config, match[1])
+    return config.lock()
+
+
+def _load(path: str) -> ml_collections.ConfigDict:
+  """Runs a config file.
+
+  Raises:
+    ConfigError: there is no such file, or it is no working config.
+  """
+  if not pathlib.Path(path).is_file():
+    raise ConfigError(
+      f"--config={path}: no such file; {_known_configs()} exist"
+    )
+  try:
+    config = config_lib.load_module(path)
+  except ConfigError:
+    raise
+  except Exception as e:
+    line = getattr(e, "lineno", None)
+    for frame in traceback.extract_tb(e.__traceback__):
+      if frame.filename == path:
+        line = frame.lineno
+    where = path if line is None else f"{path}:{line}"
+    raise ConfigError(
+      f"{where}: {type(e).__name__}: {e}; a config file defines "
+      "get_config(), see configs/common.py"
+    ) from e
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise ConfigError(
+      f"{path}: get_config() returned {type(config).__name__}, expected a "
+      "ConfigDict"
+    )
+  return config
+
+
+def _prepare_key(config: ml_collections.ConfigDict, key: str) -> None:
+  """Makes sure that `config.<key>` can be set and that setting it matters.
+
+  A phase holds only the keys in which it differs. A key that it does not hold
+  yet is copied into it, so that the command line can change it for the phase.
+
+  Raises:
+    ConfigError: the key is unknown, a group, or every phase has its own value
+      for it.
+  """
+  names = key.split(".")
+  phases = config.get("phases") or ()
+  phase = None
+  if len(names) > 2 and names[0] == "phase" and names[1] in phases:
+    phase, names = names[1], names[2:]
+  if not _has(config, names):
+    prefix = "config" if phase is None else f"config.phase.{phase}"
+    near = config_lib.nearest_key(f"config.{key}", _keys(config, prefix))
+    raise ConfigError(
+      f"config.{key}: unknown key{near}; configs/common.py lists all keys"
+    )
+  value = _value(config, names)
+  if isinstance(value, ml_collections.ConfigDict):
+    raise ConfigError(f"config.{key}: a group of keys; set them one by one")
+  if phase is None:
+    if phases and all(_has(config, ["phase", p, *names]) for p in phases):
+      raise ConfigError(
+        f"config.{key}: has no effect, since phases {', '.join(phases)} have "
+        f"their own; set config.phase.{phases[0]}.{key} and so on"
+      )
+    return
+  group = config.phase
+  with config.unlocked():
+    for name in (phase, *names[:-1]):
+      if name not in group:
+        group[name] = ml_collections.ConfigDict()
+      group = group[name]
+    if names[-1] not in group:
+      group[names[-1]] = value
+
+
+def _has(config: ml_collections.ConfigDict, names: list[str]) -> bool:
+  for name in names:
+    if not isinstance(config, ml_collections.ConfigDict) or name not in config:
+      return False
+    config = config[name]
+  return True
+
+
+def _value(config: Any, names: list[str]) -> Any:
+  return functools.reduce(operator.getitem, names, config)
+
+
+def _keys(config: ml_collections.ConfigDict, prefix: str) -> Iterator[str]:
+  for name, value in config.items():
+    yield f"{prefix}.{name}"
+    if isinstance(value, ml_collections.ConfigDict):
+      yield from _keys(value, f"{prefix}.{name}")
+
+
+def _parse_flags() -> None:
+  """Parses sys.argv into absl's FLAGS; every mistake is a UserError."""
+  try:
+    rest = flags.FLAGS(sys.argv)[1:]
+  except flags.UnrecognizedFlagError as e:
+    if e.flagname.startswith("config.") and "config" in flags.FLAGS:
+      raise ConfigError(
+        f"--{e.flagname}: needs --config=FILE as well; {_known_configs()} exist"
+      ) from e
+    near = config_lib.nearest_key(e.flagname, flags.FLAGS)
+    near = near.replace("nearest key", "nearest flag")
+    raise UserError(
+      f"--{e.flagname}: unknown flag{near}; --help lists all flags"
+    ) from e
+  except flags.Error as e:
+    raise UserError(_reword(str(e))) from e
+  if rest:
+    raise UserError(
+      f"{' '.join(rest)}: not a flag; flags are written --name=value"
+    )
+
+
+def _reword(message: str) -> str:
+  """Makes absl's message name the flag, what was expected and the remedy."""
+  if match := re.search(r"Flag (--\w+) must have a value other than", message):
+    which = f"; {_known_configs()} exist" if match[1] == "--config" else ""
+    return f"{match[1]}: missing{which}; --help lists all flags"
+  if match := re.match(r"flag --(config\..+?)=(.*?): ", message, re.DOTALL):
+    value = _value(flags.FLAGS["config"].value, match[1].split(".")[1:])
+    return (
+      f"{match[1]}: found {match[2]!r}, expected {type(value).__name__}, such "
+      f"as {value!r}"
+    )
+  return message.removeprefix("flag ")
+
+
+def _known_configs() -> str:
+  names = sorted(p.name for p in CONFIG_FOLDER.glob("*.py"))
+  skip = ("__init__.py", "common.py")
+  return ", ".join(f"configs/{name}" for name in names if name not in skip)
+
+
+def _help(usage: str) -> str:
+  lines = [usage, "", "Flags:"]
+  for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
+    default = "" if flag.default is None else f" (default {flag.default!r})"
+    lines.append(f"  --{flag.name}: {flag.help}{default}")
+  if "config" in flags.FLAGS:
+    lines += ["", f"Configs: {_known_configs()}"]
+    lines.append("Keys of a config: configs/common.py lists and explains them.")
+  return "\n".join(lines)

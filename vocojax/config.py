@@ -1,0 +1,425 @@
+"""Typed, frozen view of the ml_collections config. Read next: configs/common.py.
+
+`configs/common.py` holds every key with its default; the dataclasses here hold
+its type and the values it may take. All errors about a config are raised here,
+before any device is touched.
+"""
+
+import dataclasses
+import difflib
+import json
+import pathlib
+import re
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import ml_collections
+
+from vocojax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+  """Rotary position embedding; the names are those of HF `rope_scaling`."""
+
+  theta: float
+  scaling: Literal["none", "llama3"]
+  factor: float
+  low_freq_factor: float
+  high_freq_factor: float
+  original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+  """Shape of the language model."""
+
+  vocab_size: int
+  vocab_multiple: int
+  hidden_size: int
+  intermediate_size: int
+  num_hidden_layers: int
+  num_attention_heads: int
+  num_key_value_heads: int
+  head_dim: int
+  rms_norm_eps: float
+  rope: RopeConfig
+  tie_word_embeddings: bool
+  initializer_range: float
+
+  @property
+  def padded_vocab_size(self) -> int:
+    multiple = self.vocab_multiple
+    return -(-self.vocab_size // multiple) * multiple
+
+  def __post_init__(self):
+    _positive(
+      self,
+      "model.llm",
+      "vocab_size vocab_multiple hidden_size intermediate_size "
+      "num_hidden_layers num_attention_heads num_key_value_heads head_dim",
+    )
+    if self.num_attention_heads % self.num_key_value_heads:
+      raise ConfigError(
+        "config.model.llm.num_key_value_heads: "
+        f"{self.num_key_value_heads} does not divide num_attention_heads "
+        f"({self.num_attention_heads}); choose a divisor"
+      )
+    if self.head_dim % 2:
+      raise ConfigError(
+        f"config.model.llm.head_dim: {self.head_dim} is odd; rotary position "
+        "embedding needs an even number"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+  """Shape of the CLIP vision tower."""
+
+  image_size: int
+  patch_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_hidden_layers: int
+  num_attention_heads: int
+  layer_norm_eps: float
+  hidden_act: Literal["quick_gelu", "gelu"]
+  feature_layer: int
+  initializer_range: float
+
+  @property
+  def num_patches(self) -> int:
+    return (self.image_size // self.patch_size) ** 2
+
+  @property
+  def num_feature_layers(self) -> int:
+    """How many layers run: `hidden_states[feature_layer]` counts from 0."""
+    if self.feature_layer < 0:
+      return self.num_hidden_layers + 1 + self.feature_layer
+    return self.feature_layer
+
+  def __post_init__(self):
+    _positive(
+      self,
+      "model.vision",
+      "image_size patch_size hidden_size intermediate_size "
+      "num_hidden_layers num_attention_heads",
+    )
+    if self.image_size % self.patch_size:
+      raise ConfigError(
+        f"config.model.vision.patch_size: {self.patch_size} does not divide "
+        f"image_size ({self.image_size})"
+      )
+    if self.hidden_size % self.num_attention_heads:
+      raise ConfigError(
+        "config.model.vision.num_attention_heads: "
+        f"{self.num_attention_heads} does not divide hidden_size "
+        f"({self.hidden_size})"
+      )
+    if not 0 <= self.num_feature_layers <= self.num_hidden_layers:
+      raise ConfigError(
+        f"config.model.vision.feature_layer: {self.feature_layer} is outside "
+        f"the {self.num_hidden_layers} layers; -2 is the original's choice"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressorConfig:
+  """What stands for an image when text is read: see models/compressors.py."""
+
+  name: Literal["voco", "full"]
+  num_voco_tokens: int
+  text_sees_bos: bool
+
+  def __post_init__(self):
+    _positive(self, "model.compressor", "num_voco_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The vision-language model."""
+
+  llm: LlamaConfig
+  vision: VisionConfig
+  projector: Literal["linear", "mlp2x_gelu"]
+  compressor: CompressorConfig
+  attention: Literal["two_stream", "bias"]
+  dtype: Literal["float32", "bfloat16"]
+  param_dtype: Literal["float32", "bfloat16"]
+  remat: Literal["none", "full", "dots"]
+  scan_layers: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptConfig:
+  """How a conversation becomes tokens: see data/prompt.py."""
+
+  layout: Literal["voco_v1", "qa_v1"]
+  strip_newlines: Literal["original", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where samples come from and how they are batched."""
+
+  source: Literal["easy_vqa", "llava_json"]
+  path: str
+  image_folder: str
+  tokenizer: str
+  train_split: str
+  max_text_length: int
+  max_images: int
+  conversations_per_record: int
+  batch_size: int
+  flip_images: bool
+  pad_to_square: bool
+  num_workers: int
+  prefetch_batches: int
+  on_bad_record: Literal["skip", "stop"]
+
+  def __post_init__(self):
+    _positive(
+      self,
+      "data",
+      "max_text_length max_images batch_size prefetch_batches",
+    )
+    _not_negative(self, "data", "conversations_per_record num_workers")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """Optimiser, schedule, and what is trained."""
+
+  name: Literal["adamw", "muon"]
+  learning_rate: float
+  adam_learning_rate: float
+  b1: float
+  b2: float
+  eps: float
+  weight_decay: float
+  no_decay: tuple[str, ...]
+  grad_clip: float
+  warmup_ratio: float
+  schedule: Literal["cosine", "linear", "constant"]
+  end_learning_rate: float
+  freeze: tuple[str, ...]
+
+  def __post_init__(self):
+    for key in ("no_decay", "freeze"):
+      for pattern in getattr(self, key):
+        try:
+          re.compile(pattern)
+        except re.error as e:
+          raise ConfigError(
+            f"config.optimizer.{key}: {pattern!r} is not a regular "
+            f"expression ({e})"
+          ) from e
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+  """Length of the run, logging and checkpoints."""
+
+  steps: int
+  epochs: float
+  accumulate: int
+  log_every: int
+  checkpoint_every: int
+  keep_checkpoints: int
+  evaluate: bool
+
+  def __post_init__(self):
+    _positive(
+      self, "training", "accumulate log_every checkpoint_every keep_checkpoints"
+    )
+    if (self.steps > 0) == (self.epochs > 0):
+      raise ConfigError(
+        f"config.training: steps is {self.steps} and epochs is {self.epochs}; "
+        "exactly one of them must be above 0"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each axis; one of them may be -1, 'all the rest'."""
+
+  data: int
+  fsdp: int
+  tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+  """Generation on held-out questions."""
+
+  split: str
+  batch_size: int
+  max_new_tokens: int
+  max_records: int
+  bounds: bool
+
+  def __post_init__(self):
+    _positive(self, "evaluation", "batch_size max_new_tokens")
+    _not_negative(self, "evaluation", "max_records")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One phase of a run, complete."""
+
+  name: str
+  seed: int
+  init_from: str
+  model: ModelConfig
+  prompt: PromptConfig
+  data: DataConfig
+  optimizer: OptimizerConfig
+  training: TrainingConfig
+  mesh: MeshConfig
+  evaluation: EvaluationConfig
+
+  def to_json(self) -> str:
+    return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
+
+  @classmethod
+  def from_json(cls, text: str, where: str) -> "Config":
+    """Reads what `to_json` wrote; `where` names the file in errors."""
+    try:
+      return from_mapping(cls, json.loads(text))
+    except (json.JSONDecodeError, ConfigError) as e:
+      raise ConfigError(
+        f"{where}: not a config this version can read ({e})"
+      ) from e
+
+
+def phases(config: ml_collections.ConfigDict) -> tuple[Config, ...]:
+  """Splits a config into its phases, each complete, in running order.
+
+  Phase `p` is the config with the keys under `config.phase.p` laid over it.
+  A config without phases is one phase, named by its compressor.
+
+  Raises:
+    ConfigError: a key is unknown, has a wrong type or a useless value.
+  """
+  values = config.to_dict()
+  names = values.pop("phases")
+  overrides = values.pop("phase")
+  if not names:
+    name = values["model"]["compressor"]["name"]
+    return (from_mapping(Config, values | {"name": name}),)
+  for name in overrides:
+    if name not in names:
+      raise ConfigError(
+        f"config.phase.{name}: not among config.phases {tuple(names)}"
+      )
+  result = []
+  for name in names:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+      raise ConfigError(
+        f"config.phases: {name!r} must be letters, digits, '_' or '-', since "
+        "it names a folder"
+      )
+    merged = _overlay(values, overrides.get(name, {}), f"config.phase.{name}")
+    result.append(from_mapping(Config, merged | {"name": name}))
+  return tuple(result)
+
+
+def load_module(path: str) -> ml_collections.ConfigDict:
+  """Runs `get_config()` of a config file; for tests and notebooks."""
+  namespace: dict[str, Any] = {"__file__": str(path), "__name__": "config"}
+  source = pathlib.Path(path).read_text()
+  exec(compile(source, str(path), "exec"), namespace)
+  return namespace["get_config"]()
+
+
+def nearest_key(key: str, keys) -> str:
+  """' (did you mean ...?)' or nothing, for error messages."""
+  close = difflib.get_close_matches(key, list(keys), 1, 0.5)
+  return f"; the nearest key is {close[0]!r}" if close else ""
+
+
+def from_mapping(cls: type, values: Mapping[str, Any], path: str = "config"):
+  """Builds a config dataclass from nested mappings, checking every key.
+
+  Raises:
+    ConfigError: a key is unknown or missing, or a value has a wrong type.
+  """
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  for key in values:
+    if key not in fields:
+      raise ConfigError(
+        f"{path}.{key}: unknown key{nearest_key(key, fields)}; configs/"
+        "common.py lists all keys"
+      )
+  hints = typing.get_type_hints(cls)
+  kwargs = {}
+  for key in fields:
+    if key not in values:
+      raise ConfigError(f"{path}.{key}: missing; configs/common.py has it")
+    kwargs[key] = _check(hints[key], values[key], f"{path}.{key}")
+  return cls(**kwargs)
+
+
+def _check(hint, value, path: str):
+  """Returns `value` as type `hint`, or raises a ConfigError."""
+  if dataclasses.is_dataclass(hint):
+    if not isinstance(value, Mapping):
+      raise ConfigError(f"{path}: found {value!r}, expected a group of keys")
+    return from_mapping(hint, value, path)
+  if typing.get_origin(hint) is Literal:
+    choices = typing.get_args(hint)
+    if value not in choices:
+      near = nearest_key(str(value), choices)
+      raise ConfigError(
+        f"{path}: found {value!r}, expected one of {', '.join(choices)}{near}"
+      )
+    return value
+  if typing.get_origin(hint) is tuple:
+    item = typing.get_args(hint)[0]
+    if not isinstance(value, (tuple, list)):
+      raise ConfigError(
+        f"{path}: found {value!r}, expected a tuple of {item.__name__}"
+      )
+    return tuple(
+      _check(item, v, f"{path}[{i}]") for i, v in enumerate(value)
+    )
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if type(value) is not hint:
+    raise ConfigError(
+      f"{path}: found {value!r} ({type(value).__name__}), expected "
+      f"{hint.__name__}"
+    )
+  return value
+
+
+def _overlay(base, over, path: str):
+  result = dict(base)
+  for key, value in over.items():
+    if key not in base:
+      raise ConfigError(
+        f"{path}.{key}: unknown key{nearest_key(key, base)}; configs/"
+        "common.py lists all keys"
+      )
+    if isinstance(base[key], Mapping) and isinstance(value, Mapping):
+      value = _overlay(base[key], value, f"{path}.{key}")
+    result[key] = value
+  return result
+
+
+def _positive(config, path: str, keys: str):
+  for key in keys.split():
+    if getattr(config, key) < 1:
+      raise ConfigError(
+        f"config.{path}.{key}: found {getattr(config, key)}, expected at "
+        "least 1"
+      )
+
+
+def _not_negative(config, path: str, keys: str):
+  for key in keys.split():
+    if getattr(config, key) < 0:
+      raise ConfigError(
+        f"config.{path}.{key}: found {getattr(config, key)}, expected 0 or more"
+      )

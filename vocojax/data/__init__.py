@@ -1,0 +1,1 @@
+"""Records, images, prompts and batches. Read next: sources.py, pipeline.py."""

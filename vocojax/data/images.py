@@ -1,0 +1,125 @@
+"""Image files to uint8 pixels, as CLIP wants them. Read next: sources.py.
+
+Alphabet: S pixels a side of the square result. Pixels stay uint8 until they
+are on the device, where (pixel / 255 - IMAGE_MEAN) / IMAGE_STD follows.
+"""
+
+import io
+import os
+import pathlib
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vocojax.errors import DataError
+
+# Of openai/clip-vit-large-patch14-336 (preprocessor_config.json): red, green,
+# blue, for pixels from 0 to 1.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+# Padding colour: the mean, as LLaVA rounds it.
+_PADDING = tuple(int(255 * mean) for mean in IMAGE_MEAN)
+# A 10000x3 image would grow to 376 million pixels before it is cut. Above this
+# many, what is to be cut off is not made; values then differ by 1 in places.
+_MAX_SCALED_PIXELS = 2**24
+
+
+def decode_image(
+  source: bytes | str | os.PathLike, name: str = ""
+) -> Image.Image:
+  """Opens an image file, upright and in RGB.
+
+  The EXIF orientation is applied. Of an animation the first frame counts.
+  Transparency is dropped, not blended (as LLaVA does). 16-bit grey becomes
+  8-bit by its high byte.
+
+  Args:
+    source: the file's bytes, or its path.
+    name: what to call it in errors; the path by default.
+
+  Raises:
+    DataError: the file is missing, empty, truncated, not an image, too large
+      (`PIL.Image.MAX_IMAGE_PIXELS`), or has pixels without a known range.
+  """
+  if not isinstance(source, bytes):
+    path = pathlib.Path(source)
+    name = name or str(path)
+    try:
+      source = path.read_bytes()
+    except FileNotFoundError as e:
+      raise DataError(
+        f"{name}: no such image file ({path}); check config.data.image_folder"
+      ) from e
+    except OSError as e:
+      raise DataError(
+        f"{name}: cannot be read ({e.strerror}); make {path} a readable file"
+      ) from e
+  if not source:
+    raise DataError(f"{name}: an empty file, expected an image; replace it")
+  try:
+    with Image.open(io.BytesIO(source)) as image:
+      limit = Image.MAX_IMAGE_PIXELS
+      if limit and image.width * image.height > limit:
+        raise Image.DecompressionBombError(
+          f"{image.width}x{image.height} pixels exceed the limit of {limit}"
+        )
+      return _to_rgb(image, name)
+  except DataError:
+    raise
+  except UnidentifiedImageError as e:  # its message holds an address
+    raise DataError(
+      f"{name}: not an image of a known format; replace the file"
+    ) from e
+  # Pillow's decoders raise nearly anything on a damaged file (SyntaxError,
+  # struct.error, zlib.error, ...).
+  except Exception as e:
+    raise DataError(
+      f"{name}: not an image that can be read ({' '.join(str(e).split())}); "
+      "replace the file"
+    ) from e
+
+
+def preprocess(
+  image: Image.Image, size: int, pad_to_square: bool
+) -> UInt8[np.ndarray, "S S 3"]:
+  """Scales an RGB image to `size` pixels a side.
+
+  The numbers are those of transformers' CLIPImageProcessor before it
+  normalises, after LLaVA's padding: the image is padded to a square if
+  `pad_to_square`, its shorter side is scaled to `size` (bicubic), and the
+  middle of the longer side is cut out.
+  """
+  if pad_to_square and image.width != image.height:
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), _PADDING)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    image = square
+  short = min(image.size)
+  width, height = (int(size * n / short) for n in image.size)
+  left, top = (width - size) // 2, (height - size) // 2
+  bicubic = Image.Resampling.BICUBIC
+  if width * height <= _MAX_SCALED_PIXELS:
+    image = image.resize((width, height), bicubic)
+    return np.array(image.crop((left, top, left + size, top + size)))
+  # Scale only what the cut keeps, rows first, as Pillow would.
+  x, y = image.width / width, image.height / height
+  box = (left * x, 0, (left + size) * x, image.height)
+  image = image.resize((size, image.height), bicubic, box)
+  box = (0, top * y, size, (top + size) * y)
+  return np.array(image.resize((size, size), bicubic, box))
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+  image.load()
+  if image.mode in ("I", "F"):
+    raise DataError(
+      f"{name}: pixels of mode {image.mode} (32 bits) have no agreed range; "
+      "convert the file to 8 or 16 bits"
+    )
+  image = ImageOps.exif_transpose(image)
+  if image.mode.startswith("I;16"):
+    # Pillow would turn everything above 255 to white.
+    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+  image.info.pop("transparency", None)  # dropped by convert, with a warning
+  return image.convert("RGB")

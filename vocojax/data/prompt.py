@@ -1,0 +1,193 @@
+"""Prompt layouts: how a conversation becomes ids and labels, piece by piece.
+
+A layout has a name and a version, both stored in checkpoints, because weights
+only make sense with the layout they were trained on. Read next: pipeline.py.
+
+  image stream   <s> [patches] stream_suffix [VoCo tokens]
+  text stream    opening question_start Q question_end answer_start A </s> ...
+
+Every piece is tokenised by itself and labelled as it is laid down, so a label
+never depends on counting the tokens of a longer text again. Pieces meet at a
+space, at `:` or at `</s>`, where no token of a LLaMA vocabulary reaches across.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Literal
+
+import transformers
+
+from vocojax.errors import DataError
+
+IGNORE = -100  # label of a token that is not trained
+IMAGE_MARKER = "<image>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """The fixed text of a prompt.
+
+  Attributes:
+    name: key of `LAYOUTS`, and of `config.prompt.layout`.
+    version: counts up whenever the ids it gives change.
+    stream_suffix: between the patches and the VoCo tokens; tokenised as the
+      beginning of a text.
+    image_opening: before the first question of a conversation with images;
+      tokenised as the continuation of a text.
+    text_opening: the same of a conversation without images, after `<s>`;
+      tokenised as the beginning of a text.
+    question_start, question_end: around every question.
+    answer_start: before every answer; `</s>` follows the answer.
+  """
+
+  name: str
+  version: int
+  stream_suffix: str
+  image_opening: str
+  text_opening: str
+  question_start: str
+  question_end: str
+  answer_start: str
+
+
+# The system text of the original, which says "of the image" in conversations
+# without one, too.
+_VOCO_SYSTEM = (
+  "A chat between a curious user and an artificial intelligence assistant of "
+  "the image. The assistant gives helpful, detailed, and polite answers to "
+  "the user's questions. "
+)
+
+LAYOUTS = {
+  layout.name: layout
+  for layout in (
+    # Token for token what VoCo-LLaMA trains on (train_compress.py, and
+    # conv_templates "voco_conv_vicuna_v1", commit 3b6e14d).
+    Layout(
+      name="voco_v1",
+      version=1,
+      stream_suffix="\n",
+      image_opening="\n" + _VOCO_SYSTEM,
+      text_opening=_VOCO_SYSTEM,
+      question_start="USER: ",
+      question_end=" ASSISTANT:",
+      answer_start=" ",
+    ),
+    # A bare question and answer, for models that know one task.
+    Layout(
+      name="qa_v1",
+      version=1,
+      stream_suffix="",
+      image_opening="",
+      text_opening="",
+      question_start="",
+      question_end="",
+      answer_start=" ",
+    ),
+  )
+}
+
+
+def stream_ids(
+  layout: Layout, tokenizer: transformers.PreTrainedTokenizerFast
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Ids of the image stream before the patches, and between them and VoCo."""
+  suffix = _tokenize(tokenizer, layout.stream_suffix, continues=False)
+  return (tokenizer.bos_token_id,), tuple(suffix)
+
+
+def encode(
+  layout: Layout,
+  tokenizer: transformers.PreTrainedTokenizerFast,
+  turns: Sequence[tuple[str, str | None]],
+  has_image: bool,
+  strip_newlines: Literal["original", "none"],
+) -> tuple[list[int], list[int]]:
+  """Ids and labels of a conversation's text stream.
+
+  Labels are `IGNORE` except on the answers and the `</s>` after each. They
+  are not shifted: `labels[i]` is `ids[i]` where it is trained.
+
+  Args:
+    layout: one of `LAYOUTS`.
+    tokenizer: from `load_tokenizer`.
+    turns: questions and answers. The last answer may be None: the ids then
+      end where the model is to begin its answer.
+    has_image: whether the conversation is about the images of an image
+      stream. If not, it begins with `<s>`.
+    strip_newlines: 'original' deletes all newlines of the questions and
+      answers of a conversation with images, as the released code does.
+  """
+  ids: list[int] = []
+  labels: list[int] = []
+
+  def lay(tokens, trained):
+    ids.extend(tokens)
+    labels.extend(tokens if trained else [IGNORE] * len(tokens))
+
+  if not has_image:
+    lay([tokenizer.bos_token_id], trained=False)
+  opening = layout.image_opening if has_image else layout.text_opening
+  strip = has_image and strip_newlines == "original"
+  for i, (question, answer) in enumerate(turns):
+    question = _clean(question, strip)
+    text = layout.question_start + question + layout.question_end
+    if i == 0:
+      text = opening + text
+    continues = has_image or i > 0
+    lay(_tokenize(tokenizer, text, continues), trained=False)
+    if answer is None:
+      if i + 1 < len(turns):
+        raise ValueError(f"turn {i} of {len(turns)} has no answer")
+      break
+    answer = layout.answer_start + _clean(answer, strip)
+    lay(_tokenize(tokenizer, answer, continues=True), trained=True)
+    lay([tokenizer.eos_token_id], trained=True)
+  return ids, labels
+
+
+def _clean(text: str, strip_newlines: bool) -> str:
+  # Images stand in front of the text, wherever the marker was.
+  if IMAGE_MARKER in text:
+    text = text.replace(IMAGE_MARKER, "").strip()
+  return text.replace("\n", "") if strip_newlines else text
+
+
+def _tokenize(
+  tokenizer: transformers.PreTrainedTokenizerFast, text: str, continues: bool
+) -> list[int]:
+  """Ids of `text` alone; what looks like a special token in it is plain text.
+
+  LLaMA's tokenizer puts a space before whatever it is given. Where `text`
+  continues another, that space must not be there. A newline in front shields
+  `text` from it, since no LLaMA token spans a newline; its ids then come off.
+  """
+  if not text:
+    return []
+  shield = _shield(tokenizer) if continues else []
+  if len(shield) < 2:  # nothing is put in front by this tokenizer
+    return _plain(tokenizer, text)
+  ids = _plain(tokenizer, "\n" + text)
+  if ids[: len(shield)] != shield:
+    raise DataError(
+      f"tokenizer {tokenizer.name_or_path}: joins a newline with the text "
+      f"after it ({text[:20]!r}), expected them apart as in LLaMA's; use "
+      "another tokenizer"
+    )
+  return ids[len(shield) :]
+
+
+@functools.lru_cache(maxsize=4)
+def _shield(tokenizer: transformers.PreTrainedTokenizerFast) -> list[int]:
+  return _plain(tokenizer, "\n")
+
+
+def _plain(
+  tokenizer: transformers.PreTrainedTokenizerFast, text: str
+) -> list[int]:
+  # Straight to the Rust half: the Python half takes eight times as long.
+  backend = tokenizer.backend_tokenizer
+  if not backend.encode_special_tokens:
+    backend.encode_special_tokens = True
+  return backend.encode(text, add_special_tokens=False).ids

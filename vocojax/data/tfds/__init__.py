@@ -1,0 +1,1 @@
+"""TFDS builders: data sets turned into ArrayRecord files."""

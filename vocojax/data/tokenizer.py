@@ -1,0 +1,104 @@
+"""Tokenizers, always read from a local folder. Read next: prompt.py.
+
+Any Hugging Face tokenizer with a begin-of-text and an end-of-text token will
+do. `<voco>` is added to it where it lacks one. For small data sets with a
+closed vocabulary, `build_word_level` makes a tokenizer from the texts.
+"""
+
+import os
+import pathlib
+from collections.abc import Iterable
+
+import tokenizers
+import transformers
+from tokenizers import models, pre_tokenizers
+
+from vocojax.errors import DataError
+
+VOCO_TOKEN = "<voco>"
+_SPECIAL = ("<unk>", "<s>", "</s>", VOCO_TOKEN)
+_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def load_tokenizer(
+  folder: str | os.PathLike,
+) -> transformers.PreTrainedTokenizerFast:
+  """Loads the tokenizer in `folder`; the network is never used.
+
+  `<voco>` gets id `len(tokenizer)` where the folder does not define it: 32000
+  for LLaMA. A missing padding token becomes the unknown token, as in LLaVA.
+
+  Raises:
+    DataError: the folder or a file is missing or cannot be read, or there is
+      no begin-of-text or end-of-text token.
+  """
+  folder = pathlib.Path(folder).expanduser()
+  remedy = (
+    "set config.data.tokenizer to a Hugging Face tokenizer folder, such as "
+    "the tokenizer files of lmsys/vicuna-7b-v1.5 on the Hugging Face hub"
+  )
+  if not folder.is_dir():
+    raise DataError(f"tokenizer folder {folder}: no such folder; {remedy}")
+  if not any((folder / name).is_file() for name in _FILES):
+    raise DataError(
+      f"tokenizer folder {folder}: holds neither {' nor '.join(_FILES)}; "
+      f"{remedy}"
+    )
+  try:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+      str(folder), local_files_only=True, trust_remote_code=False
+    )
+  except Exception as e:  # the Rust parser raises bare Exception
+    raise DataError(
+      f"tokenizer folder {folder}: cannot be read "
+      f"({' '.join(str(e).split())[:200]}); {remedy}"
+    ) from e
+  if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
+    raise DataError(
+      f"tokenizer folder {folder}: holds a {type(tokenizer).__name__}, "
+      "expected one with a tokenizer.json; save it again with transformers' "
+      "save_pretrained"
+    )
+  for key in ("bos_token", "eos_token"):
+    if getattr(tokenizer, key) is None:
+      raise DataError(
+        f"tokenizer folder {folder}: no {key}; name one in "
+        "tokenizer_config.json"
+      )
+  # Some files ask for it; prompt.py lays down whole texts.
+  tokenizer.backend_tokenizer.no_truncation()
+  tokenizer.backend_tokenizer.no_padding()
+  if tokenizer.pad_token is None:
+    tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+  if VOCO_TOKEN not in tokenizer.get_vocab():
+    token = transformers.AddedToken(VOCO_TOKEN, special=True, normalized=False)
+    tokenizer.add_tokens([token], special_tokens=True)
+  return tokenizer
+
+
+def build_word_level(
+  texts: Iterable[str],
+) -> transformers.PreTrainedTokenizerFast:
+  """Makes a tokenizer with one id for each word and punctuation mark.
+
+  Ids: `<unk>` 0 (also padding), `<s>` 1, `</s>` 2, `<voco>` 3, then the words
+  of `texts` in sorted order. Save it with `save_pretrained(folder)`.
+  """
+  split = pre_tokenizers.Whitespace()
+  words = {word for t in texts for word, _ in split.pre_tokenize_str(t)}
+  ordered = [*_SPECIAL, *sorted(words - set(_SPECIAL))]
+  backend = tokenizers.Tokenizer(
+    models.WordLevel({w: i for i, w in enumerate(ordered)}, unk_token="<unk>")
+  )
+  backend.pre_tokenizer = split
+  tokenizer = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=backend,
+    unk_token="<unk>",
+    pad_token="<unk>",
+    bos_token="<s>",
+    eos_token="</s>",
+    clean_up_tokenization_spaces=False,
+  )
+  token = transformers.AddedToken(VOCO_TOKEN, special=True, normalized=False)
+  tokenizer.add_tokens([token], special_tokens=True)
+  return tokenizer

@@ -1,0 +1,90 @@
+"""Attention by platform, in one place. Read next: `llama.py`."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32
+
+
+def attend(
+  query: Float[Array, "B T H P"],
+  key: Float[Array, "B S G P"],
+  value: Float[Array, "B S G P"],
+  mask: Bool[Array, "B T S"] | None = None,
+  causal: bool = False,
+) -> Float[Array, "B T H P"]:
+  """Scaled dot-product attention; softmax in float32.
+
+  G key/value heads serve H query heads, H a multiple of G. A row whose mask is
+  all False gives finite values that mean nothing.
+  """
+  if jax.default_backend() == "cpu":
+    if causal:
+      T, S = query.shape[1], key.shape[1]
+      mask = jnp.tril(jnp.ones((1, T, S), bool))
+    return _attend_cpu(query, key, value, mask)
+  return jax.nn.dot_product_attention(
+    query,
+    key,
+    value,
+    mask=None if mask is None else mask[:, None],
+    is_causal=causal,
+  )
+
+
+def _attend_cpu(query, key, value, mask):
+  """In plain products; XLA on CPU must not fuse transposes into them."""
+  B, T, H, P = query.shape
+  S, G = key.shape[1:3]
+
+  def heads_first(x):  # [B, G, rows, P]
+    x = x.reshape(B, -1, G, x.shape[2] // G, P).transpose(0, 2, 3, 1, 4)
+    return jax.lax.optimization_barrier(x.reshape(B, G, -1, P))
+
+  query, key, value = heads_first(query), heads_first(key), heads_first(value)
+  scores = jnp.einsum(
+    "bgmp,bgsp->bgms", query, key, preferred_element_type=jnp.float32
+  ) / jnp.sqrt(P)
+  if mask is not None:
+    bias = bias_from_mask(mask)[:, None, None]
+    scores = (scores.reshape(B, G, H // G, T, S) + bias).reshape(scores.shape)
+  weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+  out = jnp.einsum("bgms,bgsp->bgmp", weights, value)
+  out = jax.lax.optimization_barrier(out)
+  return out.reshape(B, H, T, P).transpose(0, 2, 1, 3)
+
+
+def attend_with_bias(
+  query: Float[Array, "B T H P"],
+  key: Float[Array, "B S G P"],
+  value: Float[Array, "B S G P"],
+  attention_bias: Float[Array, "B T S"],
+) -> Float[Array, "B T H P"]:
+  """The same with an additive bias, in plain einsums: the specification."""
+  B, T, H, P = query.shape
+  G = key.shape[2]
+  grouped = query.reshape(B, T, G, H // G, P)
+  scores = jnp.einsum(
+    "btgrp,bsgp->bgrts", grouped, key, preferred_element_type=jnp.float32
+  )
+  scores = scores / jnp.sqrt(P) + attention_bias[:, None, None]
+  weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+  return jnp.einsum("bgrts,bsgp->btgrp", weights, value).reshape(B, T, H, P)
+
+
+def weights(
+  query: Float[Array, "B T H P"],
+  key: Float[Array, "B S G P"],
+  mask: Bool[Array, "T S"],
+) -> Float32[Array, "B H T S"]:
+  """Attention probabilities, for looking at."""
+  key = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
+  scores = jnp.einsum(
+    "bthp,bshp->bhts", query, key, preferred_element_type=jnp.float32
+  )
+  scores = jnp.where(mask, scores / jnp.sqrt(query.shape[-1]), -jnp.inf)
+  return jax.nn.softmax(scores, axis=-1)
+
+
+def bias_from_mask(mask: Bool[Array, "B T S"]) -> Float[Array, "B T S"]:
+  """0 where attention is allowed, a large negative float32 elsewhere."""
+  return jnp.where(mask, 0.0, 0.7 * jnp.finfo(jnp.float32).min)

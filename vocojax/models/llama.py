@@ -1,0 +1,227 @@
+"""LLaMA, as pieces from which every pass is put together.
+
+B rows, T length, S key length, L layers, H heads, G key/value heads, P head
+dim, D width, M mlp width, V vocabulary (padded). Read next: `vlm.py`.
+
+A layer is two functions: `qkv` before attention and `output` after it. What
+lies between (which keys, which mask) is up to the pass: one causal stream here,
+two streams or a cache in `vlm.py`.
+
+Source: LLaMA (arXiv 2302.13971), LLaMA 2 and 3, in the arithmetic of HF
+transformers' `modeling_llama.py`.
+"""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from vocojax.config import LlamaConfig, ModelConfig
+from vocojax.models import attention, layers, rope
+
+
+class RMSNorm(nn.Module):
+  """Root-mean-square norm, statistics in float32."""
+
+  eps: float
+  dtype: str
+  param_dtype: str
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    scale = self.param(
+      "scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype
+    )
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.eps)
+    return (x * scale).astype(self.dtype)
+
+
+class SelfAttention(nn.Module):
+  """The four projections of an attention block."""
+
+  config: LlamaConfig
+  dtype: str
+  param_dtype: str
+
+  def setup(self):
+    c = self.config
+    dense = _dense(c, self.dtype, self.param_dtype)
+    self.q_proj = dense(c.num_attention_heads * c.head_dim)
+    self.k_proj = dense(c.num_key_value_heads * c.head_dim)
+    self.v_proj = dense(c.num_key_value_heads * c.head_dim)
+    self.o_proj = dense(c.hidden_size)
+
+  def qkv(self, x):
+    def heads(projected):
+      return projected.reshape(*x.shape[:-1], -1, self.config.head_dim)
+
+    return heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+
+  def output(self, attended):
+    return self.o_proj(attended.reshape(*attended.shape[:-2], -1))
+
+
+class MLP(nn.Module):
+  """SwiGLU feed-forward block."""
+
+  config: LlamaConfig
+  dtype: str
+  param_dtype: str
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    c = self.config
+    dense = _dense(c, self.dtype, self.param_dtype)
+    gate = dense(c.intermediate_size, name="gate_proj")(x)
+    up = dense(c.intermediate_size, name="up_proj")(x)
+    return dense(c.hidden_size, name="down_proj")(nn.silu(gate) * up)
+
+
+class DecoderLayer(nn.Module):
+  """One block, cut open at its attention."""
+
+  config: LlamaConfig
+  dtype: str
+  param_dtype: str
+
+  def setup(self):
+    norm = functools.partial(
+      RMSNorm, self.config.rms_norm_eps, self.dtype, self.param_dtype
+    )
+    self.input_layernorm = norm()
+    self.self_attn = SelfAttention(self.config, self.dtype, self.param_dtype)
+    self.post_attention_layernorm = norm()
+    self.mlp = MLP(self.config, self.dtype, self.param_dtype)
+
+  def qkv(
+    self, x: Float[Array, "B T D"]
+  ) -> tuple[
+    Float[Array, "B T H P"], Float[Array, "B T G P"], Float[Array, "B T G P"]
+  ]:
+    """Queries, keys and values before rotation."""
+    return self.self_attn.qkv(self.input_layernorm(x))
+
+  def output(
+    self, x: Float[Array, "B T D"], attended: Float[Array, "B T H P"]
+  ) -> Float[Array, "B T D"]:
+    """Both residual branches, given what attention gathered."""
+    x = x + self.self_attn.output(attended)
+    return x + self.mlp(self.post_attention_layernorm(x))
+
+  def __call__(self, x):  # for `init` only: touches every parameter
+    return self.output(x, self.qkv(x)[0])
+
+
+def _dense(config: LlamaConfig, dtype: str, param_dtype: str):
+  return functools.partial(
+    layers.Dense,
+    use_bias=False,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    kernel_init=nn.initializers.normal(config.initializer_range),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama:
+  """The language model as pure functions of its parameters.
+
+  Parameters: `embed_tokens/embedding` [V, D], `layers/...` stacked on axis 0,
+  `norm/scale` [D] and, unless tied, `lm_head/kernel` [D, V].
+  """
+
+  model: ModelConfig
+
+  @property
+  def config(self) -> LlamaConfig:
+    return self.model.llm
+
+  @property
+  def layer(self) -> DecoderLayer:
+    return DecoderLayer(self.config, self.model.dtype, self.model.param_dtype)
+
+  @property
+  def _norm(self) -> RMSNorm:
+    return RMSNorm(
+      self.config.rms_norm_eps, self.model.dtype, self.model.param_dtype
+    )
+
+  def init(self, key) -> dict:
+    """Random parameters, normal with `initializer_range`."""
+    c, param_dtype = self.config, self.model.param_dtype
+    embed_key, layer_key, head_key = jax.random.split(key, 3)
+    normal = nn.initializers.normal(c.initializer_range)
+    shape = (c.padded_vocab_size, c.hidden_size)
+    x = jnp.zeros((1, 1, c.hidden_size), self.model.dtype)
+    params = {
+      "embed_tokens": {"embedding": normal(embed_key, shape, param_dtype)},
+      "layers": layers.init_stack(
+        self.layer, layer_key, c.num_hidden_layers, x
+      ),
+      "norm": self._norm.init(head_key, x)["params"],
+    }
+    if not c.tie_word_embeddings:
+      kernel = normal(head_key, shape[::-1], param_dtype)
+      params["lm_head"] = {"kernel": kernel}
+    return params
+
+  def qkv(self, layer_params, x):
+    """`DecoderLayer.qkv` with the parameters of one layer."""
+    return self.layer.apply({"params": layer_params}, x, method="qkv")
+
+  def output(self, layer_params, x, attended):
+    """`DecoderLayer.output` with the parameters of one layer."""
+    return self.layer.apply(
+      {"params": layer_params}, x, attended, method="output"
+    )
+
+  def rotate(self, x, position_ids):
+    """Queries or keys to their positions."""
+    return rope.rotate(x, position_ids, self.config.rope)
+
+  def embed(self, params, input_ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """Token embeddings in the compute dtype."""
+    table = params["embed_tokens"]["embedding"]
+    return jnp.take(table, input_ids, axis=0).astype(self.model.dtype)
+
+  def logits(
+    self, params, x: Float[Array, "... D"]
+  ) -> Float32[Array, "... V"]:
+    """Final norm and head; padded vocabulary rows get the float32 minimum."""
+    x = self._norm.apply({"params": params["norm"]}, x)
+    if self.config.tie_word_embeddings:
+      kernel = params["embed_tokens"]["embedding"].T
+    else:
+      kernel = params["lm_head"]["kernel"]
+    logits = jnp.dot(
+      x, kernel.astype(x.dtype), preferred_element_type=jnp.float32
+    )
+    real = jnp.arange(logits.shape[-1]) < self.config.vocab_size
+    return jnp.where(real, logits, jnp.finfo(jnp.float32).min)
+
+  def run(
+    self,
+    params,
+    x: Float[Array, "B S D"],
+    position_ids: Int[Array, "B S"],
+    mask: Bool[Array, "B S S"],
+  ) -> tuple[Float[Array, "B S D"], Float[Array, "L B S D"]]:
+    """One stream under any mask, as an additive attention bias.
+
+    Returns:
+      The output of the last layer, before the final norm, and of every layer.
+    """
+    bias = attention.bias_from_mask(mask)
+
+    def body(x, layer_params):
+      q, k, v = self.qkv(layer_params, x)
+      q, k = self.rotate(q, position_ids), self.rotate(k, position_ids)
+      attended = attention.attend_with_bias(q, k, v, bias)
+      x = layers.shard_rows(self.output(layer_params, x, attended))
+      return x, x
+
+    return layers.run_stack(body, x, params["layers"], self.model)

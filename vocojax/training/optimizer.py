@@ -1,0 +1,74 @@
+"""optax optimisers from a config. Read next: `step.py`.
+
+Sources: AdamW (arXiv 1711.05101); Muon (Jordan et al. 2024) as in
+`optax.contrib.muon`, on weight matrices, with AdamW on all else.
+"""
+
+import optax
+from optax import contrib
+
+from vocojax.config import OptimizerConfig
+from vocojax.training import state
+
+
+def schedule(config: OptimizerConfig, peak: float, steps: int):
+  """Linear warm-up from 0, then decay to `end_learning_rate * peak`."""
+  warmup = round(config.warmup_ratio * steps)
+  rest, end = max(steps - warmup, 1), config.end_learning_rate
+  decay = {
+    "cosine": lambda: optax.cosine_decay_schedule(peak, rest, end),
+    "linear": lambda: optax.linear_schedule(peak, peak * end, rest),
+    "constant": lambda: optax.constant_schedule(peak),
+  }[config.schedule]()
+  if not warmup:
+    return decay
+  # Step 0 already learns: the ramp starts one step in.
+  ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+  return optax.join_schedules([ramp, decay], [warmup])
+
+
+def make_optimizer(
+  config: OptimizerConfig, steps: int
+) -> optax.GradientTransformation:
+  """The gradient transformation for a run of `steps` optimiser steps."""
+
+  def by_path(f):
+    def tree(params):
+      flat = state.flatten(params)
+      return state.unflatten({p: f(p, x) for p, x in flat.items()})
+
+    return tree
+
+  def decays(path, _):
+    return not state.matches(path, config.no_decay)
+
+  rate = schedule(config, config.learning_rate, steps)
+  if config.name == "adamw":
+    optimizer = optax.adamw(
+      rate,
+      config.b1,
+      config.b2,
+      config.eps,
+      weight_decay=config.weight_decay,
+      mask=by_path(decays),
+    )
+  else:
+
+    def matrix(path, x):
+      if path.endswith("kernel") and "lm_head" not in path:
+        return contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)
+      return None
+
+    optimizer = contrib.muon(
+      rate,
+      weight_decay=config.weight_decay,
+      weight_decay_mask=by_path(decays),
+      adam_b1=config.b1,
+      adam_b2=config.b2,
+      adam_weight_decay=config.weight_decay,
+      adam_learning_rate=schedule(config, config.adam_learning_rate, steps),
+      muon_weight_dimension_numbers=by_path(matrix),
+    )
+  if config.grad_clip:
+    return optax.chain(optax.clip_by_global_norm(config.grad_clip), optimizer)
+  return optimizer

@@ -1,0 +1,82 @@
+"""One optimiser step as a pure function. Read next: `loop.py`."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vocojax.models.vlm import VisionLanguageModel
+from vocojax.training import losses, state
+from vocojax.training.state import TrainState
+
+
+def init_state(
+  params: state.Params,
+  optimizer: optax.GradientTransformation,
+  freeze: tuple[str, ...],
+) -> TrainState:
+  """Step 0 with these parameters; frozen ones get no optimiser state."""
+  trained, _ = state.split(params, freeze)
+  return TrainState(
+    jnp.zeros((), jnp.int32), params, optimizer.init(trained)
+  )
+
+
+def make_train_step(
+  model: VisionLanguageModel,
+  optimizer: optax.GradientTransformation,
+  freeze: tuple[str, ...],
+  accumulate: int,
+) -> Callable:
+  """`(state, batch) -> (state, metrics)`.
+
+  The batch is cut into `accumulate` micro-batches, one after the other. The
+  loss is the mean over all trained tokens of the whole batch, whatever the
+  micro-batches hold. Metrics are float32 scalars: `loss`, `grad_norm`, and the
+  sums of `losses.answer_loss`.
+  """
+
+  def loss_sum(trained, frozen, batch):
+    logits = model.text_logits(state.merge(trained, frozen), batch)
+    return losses.answer_loss(logits, batch["labels"], batch["segment_ids"])
+
+  grad = jax.value_and_grad(loss_sum, has_aux=True)
+
+  def train_step(train_state: TrainState, batch):
+    trained, frozen = state.split(train_state.params, freeze)
+    if accumulate == 1:
+      (total, sums), grads = grad(trained, frozen, batch)
+    else:
+      # Row i goes to micro-batch i % accumulate: each keeps the sharding.
+      micro = jax.tree.map(
+        lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+      )
+
+      def add(total, one):
+        return jax.tree.map(jnp.add, total, grad(trained, frozen, one)), None
+
+      first = jax.tree.map(lambda x: x[0], micro)
+      zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype),
+        jax.eval_shape(grad, trained, frozen, first),
+      )
+      ((total, sums), grads), _ = jax.lax.scan(add, zeros, micro)
+    count = jnp.maximum(sums["tokens"], 1.0)
+    grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+    updates, opt_state = optimizer.update(
+      grads, train_state.opt_state, trained
+    )
+    trained = optax.apply_updates(trained, updates)
+    metrics = sums | {
+      "loss": total / count,
+      "grad_norm": optax.global_norm(grads),
+    }
+    return (
+      TrainState(
+        train_state.step + 1, state.merge(trained, frozen), opt_state
+      ),
+      metrics,
+    )
+
+  return train_step
