@@ -32,34 +32,34 @@ def get_config() -> ConfigDict:
   llm = c.model.llm = ConfigDict()
   llm.vocab_size = 32001  # tokens of the tokenizer, <voco> included
   llm.vocab_multiple = 128  # rows are padded to this; never sampled
-  llm.hidden_size = 4096
-  llm.intermediate_size = 11008
-  llm.num_hidden_layers = 32
-  llm.num_attention_heads = 32
+  llm.hidden_size = 4096  # width of the residual stream
+  llm.intermediate_size = 11008  # width inside the SwiGLU
+  llm.num_hidden_layers = 32  # each has keys and values of every VoCo token
+  llm.num_attention_heads = 32  # query heads
   llm.num_key_value_heads = 32  # fewer than the above: grouped heads
-  llm.head_dim = 128
-  llm.rms_norm_eps = 1e-5
+  llm.head_dim = 128  # even; times the heads it need not be hidden_size
+  llm.rms_norm_eps = 1e-5  # added to the mean square
   llm.tie_word_embeddings = False  # True: output head = input embedding
   llm.initializer_range = 0.02  # standard deviation of new weights
   llm.rope = ConfigDict()
-  llm.rope.theta = 10000.0
+  llm.rope.theta = 10000.0  # base of the wavelengths; larger reaches further
   llm.rope.scaling = "none"  # 'llama3': the keys below take effect
-  llm.rope.factor = 8.0
-  llm.rope.low_freq_factor = 1.0
-  llm.rope.high_freq_factor = 4.0
-  llm.rope.original_max_position_embeddings = 8192
+  llm.rope.factor = 8.0  # longest wavelengths are stretched by it
+  llm.rope.low_freq_factor = 1.0  # above context / this: stretched in full
+  llm.rope.high_freq_factor = 4.0  # below context / this: left alone
+  llm.rope.original_max_position_embeddings = 8192  # that context, tokens
 
   vision = c.model.vision = ConfigDict()
   vision.image_size = 336  # pixels a side
   vision.patch_size = 14  # pixels a side; (336/14)^2 = 576 patches
-  vision.hidden_size = 1024
-  vision.intermediate_size = 4096
-  vision.num_hidden_layers = 24
-  vision.num_attention_heads = 16
-  vision.layer_norm_eps = 1e-5
+  vision.hidden_size = 1024  # width of a patch
+  vision.intermediate_size = 4096  # width inside the MLP
+  vision.num_hidden_layers = 24  # of the published tower, also if fewer run
+  vision.num_attention_heads = 16  # divides hidden_size
+  vision.layer_norm_eps = 1e-5  # added to the variance
   vision.hidden_act = "quick_gelu"  # or 'gelu'
   vision.feature_layer = -2  # hidden_states index; -1 is the last layer
-  vision.initializer_range = 0.02
+  vision.initializer_range = 0.02  # standard deviation of new weights
 
   c.model.compressor = ConfigDict()
   c.model.compressor.name = "voco"  # 'full': text sees every patch
@@ -77,7 +77,7 @@ def get_config() -> ConfigDict:
   c.data.path = ""  # the JSON file; for easy_vqa the TFDS folder ('' default)
   c.data.image_folder = ""  # image paths in the JSON are relative to it
   c.data.tokenizer = ""  # folder of a Hugging Face tokenizer
-  c.data.train_split = "train"
+  c.data.train_split = "train"  # TFDS split name
   c.data.max_text_length = 2048 - 580  # tokens of a text row
   c.data.max_images = 1  # image slots of a text row
   c.data.conversations_per_record = 0  # sampled from those of a record; 0 all
@@ -85,17 +85,17 @@ def get_config() -> ConfigDict:
   c.data.flip_images = False  # mirror at random, both ways
   c.data.pad_to_square = True  # False: centre crop loses the long side's ends
   c.data.num_workers = 0  # processes that decode; 0 decodes in a thread
-  c.data.prefetch_batches = 4
+  c.data.prefetch_batches = 4  # ready ahead of the step, in host memory
   c.data.on_bad_record = "stop"  # 'skip' counts and logs it, and goes on
 
   c.optimizer = ConfigDict()
   c.optimizer.name = "adamw"  # 'muon': matrices by muon, the rest by adamw
   c.optimizer.learning_rate = 2e-5  # peak
   c.optimizer.adam_learning_rate = 0.0  # muon only: peak of its adamw part
-  c.optimizer.b1 = 0.9
-  c.optimizer.b2 = 0.999
-  c.optimizer.eps = 1e-8
-  c.optimizer.weight_decay = 0.0
+  c.optimizer.b1 = 0.9  # Adam: memory of the gradient
+  c.optimizer.b2 = 0.999  # Adam: memory of its square
+  c.optimizer.eps = 1e-8  # Adam: smallest divisor
+  c.optimizer.weight_decay = 0.0  # times learning rate, per step
   # Parameters whose path matches one of these are not decayed.
   c.optimizer.no_decay = ("norm", "bias", "embed")
   c.optimizer.grad_clip = 1.0  # global norm; 0 is off
@@ -121,9 +121,9 @@ def get_config() -> ConfigDict:
   c.mesh.tensor = 1  # shards within a layer
 
   c.evaluation = ConfigDict()
-  c.evaluation.split = "test"
+  c.evaluation.split = "test"  # TFDS split name
   c.evaluation.batch_size = 64  # records at once
-  c.evaluation.max_new_tokens = 16
+  c.evaluation.max_new_tokens = 16  # answers are cut there
   c.evaluation.max_records = 0  # 0 is all
   c.evaluation.bounds = False  # also score 'full' and its weights under VoCo
   return c

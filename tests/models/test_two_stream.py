@@ -119,7 +119,7 @@ def _outputs(vlm, params, batch):
 
 @functools.cache
 def _reference(case: Case):
-  """The joint pass, with the layers run the other way and nothing recomputed."""
+  """The joint pass; layers run the other way, nothing recomputed."""
   vlm = case.vlm
   config = dataclasses.replace(
     vlm.config, attention="bias", scan_layers=not case.scan, remat="none"
@@ -162,6 +162,15 @@ def test_two_streams_equal_the_joint_pass(case):
     f"{errors[worst]:.1e} ({worst})"
   )
   assert errors[worst] <= TOLERANCE, worst
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[8]], ids=str)
+def test_the_code_of_other_platforms(case, monkeypatch):
+  """Attention and products as GPU and TPU get them, compiled for the CPU."""
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  found = _outputs(case.vlm, *_inputs(case))
+  monkeypatch.undo()
+  assert max(_relative_errors(found, _reference(case)).values()) <= TOLERANCE
 
 
 def _show_one_image_token(monkeypatch):

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32
 
 
@@ -74,7 +75,7 @@ def attend_with_bias(
 def weights(
   query: Float[Array, "B T H P"],
   key: Float[Array, "B S G P"],
-  mask: Bool[Array, "T S"],
+  mask: Bool[np.ndarray, "T S"],
 ) -> Float32[Array, "B H T S"]:
   """Attention probabilities, for looking at."""
   key = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)

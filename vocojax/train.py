@@ -1,0 +1,78 @@
+"""Trains a model, phase after phase, then evaluates it and writes a report.
+
+  python -m vocojax.train --config=configs/easyvqa_1tok.py --workdir=DIR
+
+Started again with the same workdir it goes on where it stopped. Read next:
+training/loop.py.
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+from absl import flags, logging
+
+from vocojax import assemble, cli, evaluate
+from vocojax.config import Config, phases
+from vocojax.data.sources import make_source
+from vocojax.evals.report import write_report
+from vocojax.training import checkpoint, loop, sharding
+
+_CONFIG = cli.define_config()
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder for checkpoints, metrics and the report."
+)
+flags.mark_flag_as_required("workdir")
+
+
+def main() -> None:
+  logging.set_verbosity(logging.WARNING)
+  plan = phases(_CONFIG.value)
+  workdir = assemble.make_workdir(_WORKDIR.value)
+  before = ""
+  for config in plan:
+    if not config.init_from and before:
+      config = dataclasses.replace(config, init_from=before)
+    try:
+      _train(config, workdir)
+    except loop.Stopped as e:
+      print(e)
+      return
+    before = str(workdir / config.name)
+  if plan[-1].training.evaluate:
+    _evaluate(plan, workdir)
+
+
+def _train(config: Config, workdir: pathlib.Path) -> None:
+  source = make_source(config.data, config.data.train_split)
+  tokenizer = assemble.tokenizer_for(config, source, workdir)
+  phase = loop.Phase(
+    config,
+    workdir / config.name,
+    assemble.make_model(config, tokenizer),
+    tokenizer,
+    source,
+    sharding.make_mesh(config.mesh),
+  )
+  phase.folder.mkdir(exist_ok=True)
+  loop.run(phase)
+  if jax.process_index() == 0:
+    (phase.folder / "config.json").write_text(config.to_json())
+
+
+def _evaluate(plan: tuple[Config, ...], workdir: pathlib.Path) -> None:
+  """The last phase and, if asked for, the bounds from the `full` phase."""
+  command = assemble.command_line("vocojax.train")
+  runs = [(plan[-1], plan[-1].model.compressor.name)]
+  if plan[-1].evaluation.bounds:
+    full = [c for c in plan if c.model.compressor.name == "full"]
+    runs += [(full[-1], "full"), (full[-1], "voco")] if full else []
+  for config, compressor in runs:
+    loaded = checkpoint.load(str(workdir / config.name))
+    evaluate.evaluate(loaded, workdir, compressor, command)
+  if plan[-1].model.compressor.name == "voco":
+    print(f"report: {write_report(workdir)}")
+
+
+if __name__ == "__main__":
+  cli.run(main, __doc__)

@@ -1,0 +1,267 @@
+"""Checkpoints: all that a run is, in one folder. Read next: `loop.py`.
+
+PHASE/checkpoints/STEP holds `params`, `optimizer` (state and step), `data` (the
+Grain iterator), `config`, `tokenizer` (its files) and `progress` (metrics that
+are summed but not logged yet). Orbax writes them in the background and renames
+the folder when it is complete, so a half-written one is never picked up.
+"""
+
+import dataclasses
+import json
+import pathlib
+import tempfile
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+import transformers
+
+from vocojax.config import Config, ModelConfig
+from vocojax.data.tokenizer import load_tokenizer
+from vocojax.errors import CheckpointError
+from vocojax.training import state
+from vocojax.training.state import TrainState
+
+FOLDER = "checkpoints"
+
+
+def _manager(folder: pathlib.Path, keep: int | None = None):
+  return ocp.CheckpointManager(
+    folder.absolute(),
+    item_handlers={
+      "params": ocp.StandardCheckpointHandler(),
+      "optimizer": ocp.StandardCheckpointHandler(),
+      "data": grain.checkpoint.CheckpointHandler(),
+      "config": ocp.JsonCheckpointHandler(),
+      "tokenizer": ocp.JsonCheckpointHandler(),
+      "progress": ocp.JsonCheckpointHandler(),
+    },
+    options=ocp.CheckpointManagerOptions(
+      max_to_keep=keep, create=keep is not None, read_only=keep is None
+    ),
+  )
+
+
+class Checkpointer:
+  """Saves and restores the checkpoints of one phase."""
+
+  def __init__(
+    self,
+    phase: pathlib.Path,
+    config: Config,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+  ):
+    self._folder = phase / FOLDER
+    self._config = config
+    self._tokenizer = _tokenizer_files(tokenizer)
+    self._manager = _manager(self._folder, config.training.keep_checkpoints)
+
+  @property
+  def latest(self) -> int | None:
+    """Newest complete step, or None."""
+    return self._manager.latest_step()
+
+  def path(self, step: int) -> pathlib.Path:
+    return self._folder / str(step)
+
+  def save(self, train_state: TrainState, iterator, progress: dict) -> None:
+    """Starts writing; a step that is already there is left as it is."""
+    step = int(train_state.step)
+    if step in self._manager.all_steps():
+      return
+    optimizer = {"step": train_state.step, "state": train_state.opt_state}
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(train_state.params),
+        optimizer=ocp.args.StandardSave(optimizer),
+        data=grain.checkpoint.CheckpointSave(iterator),
+        config=ocp.args.JsonSave(json.loads(self._config.to_json())),
+        tokenizer=ocp.args.JsonSave(self._tokenizer),
+        progress=ocp.args.JsonSave(progress),
+      ),
+    )
+
+  def restore(self, step: int, abstract: TrainState, iterator):
+    """The state laid out as `abstract`, and the progress; sets the iterator.
+
+    Raises:
+      CheckpointError: the checkpoint belongs to another model or data order.
+    """
+    saved = self._manager.restore(
+      step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
+    ).config
+    _check_same(self.path(step), saved, self._config)
+    optimizer = {"step": abstract.step, "state": abstract.opt_state}
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardRestore(abstract.params),
+        optimizer=ocp.args.StandardRestore(optimizer),
+        data=grain.checkpoint.CheckpointRestore(iterator),
+        progress=ocp.args.JsonRestore(),
+      ),
+    )
+    train_state = TrainState(
+      restored.optimizer["step"], restored.params, restored.optimizer["state"]
+    )
+    return train_state, restored.progress
+
+  def wait(self) -> None:
+    """Until what was started is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self._manager.close()
+
+
+def _check_same(path: pathlib.Path, saved: dict, config: Config) -> None:
+  """What must not change between stopping and resuming."""
+  now = json.loads(config.to_json())
+  for group in ("model", "prompt", "optimizer"):
+    for key, old, new in _differences(saved[group], now[group], group):
+      raise CheckpointError(
+        f"{path}: was written with config.{key}={old!r}, this run has {new!r}; "
+        "use another --workdir, or config.init_from to start from its weights"
+      )
+
+
+def _differences(a, b, path):
+  if isinstance(a, dict) and isinstance(b, dict):
+    for key in sorted(a.keys() | b.keys()):
+      yield from _differences(a.get(key), b.get(key), f"{path}.{key}")
+  elif a != b:
+    yield path, a, b
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """A checkpoint read for its weights."""
+
+  path: pathlib.Path
+  step: int
+  config: Config
+  tokenizer: transformers.PreTrainedTokenizerFast
+
+
+def find(path: str) -> tuple[pathlib.Path, int]:
+  """The folder of checkpoints and the step that `path` means.
+
+  Args:
+    path: a phase folder, its `checkpoints`, or one step in it.
+
+  Raises:
+    CheckpointError: there is no complete checkpoint.
+  """
+  given = pathlib.Path(path).expanduser()
+  if given.name.isdigit() and given.is_dir():
+    folder, step = given.parent, int(given.name)
+  else:
+    folder = given if given.name == FOLDER else given / FOLDER
+    step = None
+  if not folder.is_dir():
+    phases = sorted(p.parent.name for p in given.glob(f"*/{FOLDER}"))
+    hint = f"; it has the phases {', '.join(phases)}" if phases else ""
+    raise CheckpointError(
+      f"{path}: no folder '{FOLDER}' in it{hint}; name the phase folder of a "
+      "workdir"
+    )
+  manager = _manager(folder)
+  steps = manager.all_steps()
+  manager.close()
+  if step is None and steps:
+    step = max(steps)
+  if step not in steps:
+    raise CheckpointError(
+      f"{path}: no complete checkpoint, found {sorted(steps) or 'none'}; "
+      "a run writes one every config.training.checkpoint_every steps"
+    )
+  return folder, step
+
+
+def load(path: str) -> Loaded:
+  """Config and tokenizer of a checkpoint.
+
+  Raises:
+    CheckpointError: there is none, or a part of it cannot be read.
+  """
+  folder, step = find(path)
+  manager = _manager(folder)
+  try:
+    saved = manager.restore(
+      step,
+      args=ocp.args.Composite(
+        config=ocp.args.JsonRestore(), tokenizer=ocp.args.JsonRestore()
+      ),
+    )
+  except (OSError, ValueError, KeyError) as e:
+    raise CheckpointError(
+      f"{folder / str(step)}: cannot be read ({' '.join(str(e).split())[:200]})"
+      "; use another step"
+    ) from e
+  finally:
+    manager.close()
+  where = folder / str(step)
+  with tempfile.TemporaryDirectory() as temporary:
+    for name, content in saved.tokenizer.items():
+      (pathlib.Path(temporary) / name).write_text(json.dumps(content))
+    tokenizer = load_tokenizer(temporary)
+  config = Config.from_json(json.dumps(saved.config), str(where))
+  return Loaded(where, step, config, tokenizer)
+
+
+def load_params(
+  path: str, abstract: state.Params, model: ModelConfig
+) -> tuple[state.Params, list[str]]:
+  """Parameters of a checkpoint that `abstract` asks for.
+
+  Args:
+    path: as for `find`.
+    abstract: shapes, dtypes and shardings of the wanted parameters.
+    model: what is being built, for the message when shapes differ.
+
+  Returns:
+    The parameters found, and the paths of those that the checkpoint lacks.
+
+  Raises:
+    CheckpointError: a parameter has another shape.
+  """
+  folder, step = find(path)
+  manager = _manager(folder)
+  metadata = manager.item_metadata(step).params
+  wanted = state.flatten(abstract)
+  saved = state.flatten(getattr(metadata, "tree", metadata))
+  for name in wanted.keys() & saved.keys():
+    if tuple(saved[name].shape) != wanted[name].shape:
+      manager.close()
+      raise CheckpointError(
+        f"{folder / str(step)}: {name} has shape {tuple(saved[name].shape)}, "
+        f"the model of this run ({model.llm.num_hidden_layers} layers, width "
+        f"{model.llm.hidden_size}) needs {wanted[name].shape}; use a checkpoint"
+        " of the same shape or change config.model"
+      )
+  # Orbax restores whole items: what is not wanted is read and dropped.
+  target = {
+    name: wanted.get(name, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    for name, x in saved.items()
+  }
+  restored = manager.restore(
+    step,
+    args=ocp.args.Composite(
+      params=ocp.args.StandardRestore(state.unflatten(target))
+    ),
+  ).params
+  manager.close()
+  found = {
+    name: x for name, x in state.flatten(restored).items() if name in wanted
+  }
+  return state.unflatten(found), sorted(wanted.keys() - found.keys())
+
+
+def _tokenizer_files(tokenizer) -> dict[str, dict]:
+  with tempfile.TemporaryDirectory() as temporary:
+    tokenizer.save_pretrained(temporary)
+    return {
+      p.name: json.loads(p.read_text())
+      for p in pathlib.Path(temporary).glob("*.json")
+    }

@@ -1,0 +1,304 @@
+"""Runs one phase: restore, train, log, save. Read next: `checkpoint.py`."""
+
+import dataclasses
+import math
+import pathlib
+import signal
+import sys
+import time
+
+import grain
+import jax
+import tqdm
+import transformers
+from absl import logging
+from jax.sharding import Mesh
+
+from vocojax.config import Config
+from vocojax.data import pipeline
+from vocojax.data.sources import Source
+from vocojax.errors import UserError
+from vocojax.models.vlm import VisionLanguageModel
+from vocojax.training import checkpoint, metrics, sharding, state, step
+from vocojax.training.optimizer import make_optimizer, schedule
+from vocojax.training.state import TrainState
+
+
+class NotFiniteError(UserError):
+  """The loss or its gradient became NaN or infinite."""
+
+
+class Stopped(Exception):
+  """SIGTERM came; everything is saved."""
+
+
+@dataclasses.dataclass
+class Phase:
+  """What is needed to run one phase."""
+
+  config: Config
+  folder: pathlib.Path
+  model: VisionLanguageModel
+  tokenizer: transformers.PreTrainedTokenizerFast
+  source: Source
+  mesh: Mesh
+
+  @property
+  def steps(self) -> int:
+    """Optimiser steps of the whole phase."""
+    training = self.config.training
+    if training.steps:
+      return training.steps
+    per_epoch = len(self.source) / self.config.data.batch_size
+    return max(1, round(training.epochs * per_epoch))
+
+
+def run(phase: Phase) -> state.Params:
+  """Trains, or goes on where a checkpoint in the folder ends.
+
+  Returns:
+    The parameters after the last step.
+
+  Raises:
+    UserError: the configuration, a checkpoint or the data cannot be used.
+    NotFiniteError: the loss is not finite; nothing after it was saved.
+    Stopped: SIGTERM arrived and the state is on disk.
+  """
+  with jax.set_mesh(phase.mesh):
+    return _run(phase)
+
+
+def abstract_params(model: VisionLanguageModel, mesh: Mesh) -> state.Params:
+  """Shapes, dtypes and shardings of the parameters."""
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  shardings = sharding.param_shardings(shapes, mesh)
+  return jax.tree.map(
+    lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to),
+    shapes,
+    shardings,
+  )
+
+
+def init_params(
+  model: VisionLanguageModel, mesh: Mesh, seed: int, init_from: str
+) -> state.Params:
+  """Parameters of a checkpoint, and random ones where it has none."""
+  abstract = abstract_params(model, mesh)
+  loaded, missing = {}, None
+  if init_from:
+    loaded, missing = checkpoint.load_params(init_from, abstract, model.config)
+    logging.info(
+      "%s: took all parameters but %s", init_from, missing or "none"
+    )
+  if missing == []:
+    return loaded
+  names = state.flatten(abstract) if missing is None else missing
+
+  def fresh(key):
+    flat = state.flatten(model.init(key))
+    return {name: flat[name] for name in names}
+
+  shardings = {n: x.sharding for n, x in state.flatten(abstract).items()}
+  new = jax.jit(fresh, out_shardings={n: shardings[n] for n in names})(
+    jax.random.key(seed)
+  )
+  return state.unflatten(state.flatten(loaded) | new)
+
+
+def _run(phase: Phase) -> state.Params:
+  config, mesh = phase.config, phase.mesh
+  training, freeze = config.training, config.optimizer.freeze
+  sharding.check_batch(mesh, config.data.batch_size, training.accumulate)
+  optimizer = make_optimizer(config.optimizer, phase.steps)
+  iterator = iter(_batches(phase))
+  checkpoints = checkpoint.Checkpointer(
+    phase.folder, config, phase.tokenizer
+  )
+  try:
+    abstract = _abstract_state(phase, optimizer)
+    if checkpoints.latest is None:
+      params = init_params(
+        phase.model, mesh, config.seed, config.init_from
+      )
+      train_state = jax.jit(
+        lambda p: step.init_state(p, optimizer, freeze),
+        out_shardings=jax.tree.map(lambda s: s.sharding, abstract),
+      )(params)
+      sums = metrics.Sums()
+    else:
+      train_state, progress = checkpoints.restore(
+        checkpoints.latest, abstract, iterator
+      )
+      sums = metrics.Sums(progress)
+      if int(train_state.step) < phase.steps:
+        print(
+          f"{config.name}: resuming after step {int(train_state.step)} of "
+          f"{phase.steps}",
+          file=sys.stderr,
+        )
+    train_step = jax.jit(
+      step.make_train_step(
+        phase.model, optimizer, freeze, training.accumulate
+      ),
+      in_shardings=(
+        jax.tree.map(lambda s: s.sharding, abstract),
+        sharding.rows(mesh),
+      ),
+      out_shardings=(
+        jax.tree.map(lambda s: s.sharding, abstract),
+        sharding.replicated(mesh),
+      ),
+      donate_argnums=0,
+    )
+    return _loop(phase, train_step, train_state, iterator, checkpoints, sums)
+  finally:
+    checkpoints.close()
+    iterator.close()
+
+
+def _batches(phase: Phase) -> grain.IterDataset:
+  config = phase.config
+  encoder = pipeline.Encoder(
+    phase.tokenizer,
+    config.prompt,
+    config.data,
+    config.model.vision.image_size,
+  )
+  processes = jax.process_count()
+  return pipeline.train_dataset(
+    phase.source,
+    encoder,
+    config.data,
+    config.seed,
+    jax.process_index(),
+    processes,
+    config.data.batch_size // processes,
+  )
+
+
+def _abstract_state(phase: Phase, optimizer) -> TrainState:
+  mesh = phase.mesh
+  params = abstract_params(phase.model, mesh)
+  shapes = jax.eval_shape(
+    lambda p: step.init_state(p, optimizer, phase.config.optimizer.freeze),
+    params,
+  )
+  shardings = TrainState(
+    sharding.replicated(mesh),
+    sharding.param_shardings(params, mesh),
+    sharding.opt_state_shardings(shapes.opt_state, params, mesh),
+  )
+  return jax.tree.map(
+    lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to),
+    shapes,
+    shardings,
+  )
+
+
+def _loop(phase, train_step, train_state, iterator, checkpoints, sums):
+  """The steps themselves. A step's metrics are read while the next one runs."""
+  config, training = phase.config, phase.config.training
+  first = int(train_state.step)
+  rate = schedule(
+    config.optimizer, config.optimizer.learning_rate, phase.steps
+  )
+  writer = metrics.MetricsWriter(phase.folder, first)
+  bar = tqdm.tqdm(
+    initial=first,
+    total=phase.steps,
+    desc=config.name,
+    unit="step",
+    mininterval=1 if sys.stderr.isatty() else 20,
+    dynamic_ncols=True,
+  )
+  bad_records = 0
+  started = time.perf_counter()
+  since_log = first
+
+  def settle(number: int, values) -> None:
+    """Takes the metrics of a finished step."""
+    nonlocal started, since_log
+    values = {k: float(v) for k, v in values.items()}
+    if not all(math.isfinite(values[k]) for k in ("loss", "grad_norm")):
+      checkpoints.wait()
+      good = checkpoints.latest
+      where = f"the last good checkpoint is {checkpoints.path(good)}"
+      raise NotFiniteError(
+        f"{config.name}: at step {number} the loss is {values['loss']} and "
+        f"the gradient norm {values['grad_norm']}; "
+        f"{'no checkpoint was written yet' if good is None else where}; try a "
+        "lower config.optimizer.learning_rate"
+      )
+    sums.add(values)
+    if number % training.log_every and number != phase.steps:
+      return
+    seconds = time.perf_counter() - started
+    line = sums.means() | {
+      "learning_rate": float(rate(number - 1)),
+      "grad_norm": values["grad_norm"],
+      "images_per_second": (number - since_log)
+      * config.data.batch_size
+      / seconds,
+      "bad_records": bad_records,
+    }
+    writer.write(number, line)
+    bar.set_postfix_str(
+      f"loss {line['loss']:.4f}, answers right {line['answer_accuracy']:.1%}, "
+      f"{line['images_per_second']:.0f} images/s",
+      refresh=False,
+    )
+    sums.reset()
+    started, since_log = time.perf_counter(), number
+
+  with _Sigterm() as sigterm:
+    pending = None
+    for number in range(first + 1, phase.steps + 1):
+      batch = next(iterator)
+      for message in batch.bad_records:
+        bad_records += 1
+        logging.warning("skipped a bad record: %s", message)
+      arrays = {
+        k: jax.make_array_from_process_local_data(
+          sharding.rows(phase.mesh), v
+        )
+        for k, v in batch.arrays.items()
+      }
+      train_state, values = train_step(train_state, arrays)
+      if pending:
+        settle(*pending)
+      pending = (number, values)
+      last = number == phase.steps
+      if last or sigterm.arrived or number % training.checkpoint_every == 0:
+        # Settle first: parameters after a step that is not finite are never
+        # written.
+        settle(*pending)
+        pending = None
+        checkpoints.save(train_state, iterator, sums.values)
+      bar.update()
+      if sigterm.arrived and not last:
+        checkpoints.wait()
+        bar.close()
+        writer.close()
+        raise Stopped(
+          f"{config.name}: stopped by SIGTERM after step {number}, saved as "
+          f"{checkpoints.path(number)}; the same command goes on from there"
+        )
+    checkpoints.wait()
+  bar.close()
+  writer.close()
+  return train_state.params
+
+
+class _Sigterm:
+  """Notes SIGTERM, so that a step and its checkpoint can be finished."""
+
+  def __enter__(self):
+    self.arrived = False
+    self._before = signal.signal(signal.SIGTERM, self._note)
+    return self
+
+  def _note(self, *_):
+    self.arrived = True
+
+  def __exit__(self, *_):
+    signal.signal(signal.SIGTERM, self._before)

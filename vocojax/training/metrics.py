@@ -1,0 +1,75 @@
+"""Metrics of a run: sums, JSON lines, TensorBoard. Read next: `loop.py`."""
+
+import json
+import os
+import pathlib
+import time
+
+import tensorboardX
+
+
+class Sums:
+  """Sums since the last line; saved in checkpoints, so a resumed run logs the
+  same numbers as one that was never stopped.
+  """
+
+  _KEYS = ("loss", "tokens", "correct_tokens", "answers", "correct_answers")
+
+  def __init__(self, values: dict[str, float] | None = None):
+    self.values = dict(values or dict.fromkeys(self._KEYS, 0.0))
+
+  def reset(self) -> None:
+    """Back to zero, after a line."""
+    self.values = dict.fromkeys(self._KEYS, 0.0)
+
+  def add(self, metrics: dict[str, float]) -> None:
+    """Adds the metrics of one step; `loss` there is a mean over tokens."""
+    sums = metrics | {"loss": metrics["loss"] * metrics["tokens"]}
+    for key in self._KEYS:
+      self.values[key] += sums[key]
+
+  def means(self) -> dict[str, float]:
+    """Loss per token, and the share of right tokens and right answers."""
+    v = self.values
+    return {
+      "loss": v["loss"] / max(v["tokens"], 1),
+      "token_accuracy": v["correct_tokens"] / max(v["tokens"], 1),
+      "answer_accuracy": v["correct_answers"] / max(v["answers"], 1),
+    }
+
+
+class MetricsWriter:
+  """Appends to `metrics.jsonl` and TensorBoard files in a folder."""
+
+  def __init__(self, folder: pathlib.Path, first_step: int):
+    """Opens the files and drops lines after `first_step`.
+
+    A run that was killed has logged steps that its checkpoint does not hold;
+    they will be logged again.
+    """
+    path = folder / "metrics.jsonl"
+    if path.exists():
+      kept = [
+        line
+        for line in path.read_text().splitlines(keepends=True)
+        if line.endswith("\n") and json.loads(line)["step"] <= first_step
+      ]
+      part = path.with_suffix(".part")
+      part.write_text("".join(kept))
+      os.replace(part, path)
+    self._file = path.open("a")
+    self._board = tensorboardX.SummaryWriter(
+      str(folder / "tensorboard"), purge_step=first_step + 1
+    )
+
+  def write(self, step: int, metrics: dict[str, float | int]) -> None:
+    """One line; it is on disk when this returns."""
+    line = {"step": step} | metrics | {"time": time.time()}
+    self._file.write(json.dumps(line) + "\n")
+    self._file.flush()
+    for key, value in metrics.items():
+      self._board.add_scalar(key, value, step)
+
+  def close(self) -> None:
+    self._file.close()
+    self._board.close()

@@ -1,0 +1,146 @@
+"""The mesh, and where every parameter lives on it. Read next: `loop.py`.
+
+Axes: `data` (replicas), `fsdp` (shards of weights and optimiser state, and of
+the batch), `tensor` (shards within a layer).
+"""
+
+import math
+import re
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vocojax.config import MeshConfig
+from vocojax.errors import ConfigError
+from vocojax.models.layers import BATCH_AXES
+from vocojax.training import state
+
+AXES = ("data", "fsdp", "tensor")
+
+# (path, axes of its dimensions, why). Each parameter matches exactly one.
+# Stacked layers have the layer dimension first; it is never split, since the
+# scan takes one slice of it at a time.
+RULES = (
+  # A layer's first product splits its outputs over `tensor`, the second its
+  # inputs, so that between them nothing travels.
+  (
+    r"^(llm|vision)/layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)/kernel",
+    (None, "fsdp", "tensor"),
+  ),
+  (
+    r"^(llm|vision)/layers/.*(o_proj|out_proj|down_proj|fc2)/kernel",
+    (None, "tensor", "fsdp"),
+  ),
+  (r"^vision/layers/(q_proj|k_proj|v_proj|fc1)/bias", (None, "tensor")),
+  # Small vectors: cheaper to keep everywhere than to gather.
+  (r"^vision/layers/(out_proj|fc2)/bias", (None, None)),
+  (r"^(llm|vision)/layers/.*norm\d?/(scale|bias)", (None, None)),
+  (r"^llm/norm/scale", (None,)),
+  (r"^vision/(pre|post)_layernorm/(scale|bias)", (None,)),
+  (r"^vision/embeddings/class_embedding", (None,)),
+  # The vocabulary is padded, so it divides by `tensor`.
+  (r"^llm/embed_tokens/embedding", ("tensor", "fsdp")),
+  (r"^llm/lm_head/kernel", ("fsdp", "tensor")),
+  # 588 x 1024 and 577 x 1024: only the width divides.
+  (r"^vision/embeddings/(patch_embedding/kernel|position)", (None, "fsdp")),
+  (r"^projector/linear_1/kernel", ("fsdp", "tensor")),
+  (r"^projector/linear_1/bias", ("tensor",)),
+  (r"^projector/linear_2/kernel", ("tensor", "fsdp")),
+  (r"^projector/linear_2/bias", (None,)),
+)
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+  """A mesh over all devices.
+
+  Raises:
+    ConfigError: the sizes do not multiply to the number of devices.
+  """
+  sizes = [getattr(config, axis) for axis in AXES]
+  count = jax.device_count()
+  known = math.prod(s for s in sizes if s != -1)
+  if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+    raise ConfigError(
+      f"config.mesh: found {dict(zip(AXES, sizes, strict=True))}, expected "
+      "positive sizes and at most one -1"
+    )
+  if -1 in sizes and known <= count:
+    sizes[sizes.index(-1)] = count // known
+  if math.prod(sizes) != count:
+    raise ConfigError(
+      f"config.mesh: {' x '.join(map(str, sizes))} is not the number of "
+      f"devices, {count}; set one axis to -1"
+    )
+  return jax.make_mesh(
+    sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES)
+  )
+
+
+def spec(path: str) -> PartitionSpec:
+  """The axes of one parameter.
+
+  Raises:
+    LookupError: no rule, or more than one, matches the path.
+  """
+  found = [axes for pattern, axes in RULES if re.search(pattern, path)]
+  if len(found) != 1:
+    raise LookupError(f"{path}: {len(found)} sharding rules match, expected 1")
+  return PartitionSpec(*found[0])
+
+
+def param_shardings(params: state.Params, mesh: Mesh) -> state.Params:
+  """A tree of shardings like `params` (arrays or shapes).
+
+  Raises:
+    ConfigError: a dimension does not divide by its mesh axis.
+  """
+  shardings = {}
+  for path, x in state.flatten(params).items():
+    axes = spec(path)
+    for size, axis in zip(x.shape, axes, strict=True):
+      if axis is not None and size % mesh.shape[axis]:
+        raise ConfigError(
+          f"config.mesh.{axis}: {mesh.shape[axis]} does not divide {size}, a "
+          f"dimension of {path} {tuple(x.shape)}; choose a divisor"
+        )
+    shardings[path] = NamedSharding(mesh, axes)
+  return state.unflatten(shardings)
+
+
+def opt_state_shardings(opt_state, params: state.Params, mesh: Mesh):
+  """Shardings for optimiser state: moments lie as their parameters do."""
+  flat = state.flatten(params)
+
+  def one(key_path, x):
+    path = "/".join(str(k.key) for k in key_path if hasattr(k, "key"))
+    for name, param in flat.items():
+      if path.endswith(name) and x.shape == param.shape:
+        return NamedSharding(mesh, spec(name))
+    return replicated(mesh)
+
+  return jax.tree_util.tree_map_with_path(one, opt_state)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Everything everywhere."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+  """Axis 0 split over `data` and `fsdp`."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
+  """Whether a batch can be split.
+
+  Raises:
+    ConfigError: it cannot.
+  """
+  shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  if batch_size % (shards * accumulate):
+    raise ConfigError(
+      f"config.data.batch_size: {batch_size} is not a multiple of "
+      f"{shards * accumulate} ({shards} shards of the mesh axes data x fsdp, "
+      f"times config.training.accumulate {accumulate})"
+    )
