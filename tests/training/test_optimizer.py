@@ -152,6 +152,7 @@ def test_muon_treats_each_layer_of_a_stack_alone():
     warmup_ratio=0.0,
     schedule="constant",
     grad_clip=0.0,
+    b2=0.9,
   )
   rng = np.random.default_rng(0)
 
@@ -201,7 +202,7 @@ def test_muon_treats_each_layer_of_a_stack_alone():
   )
   # Everything else is Adam with Nesterov momentum at its own rate, the head
   # and tables too.
-  adam = optax.adamw(0.02, weight_decay=0.0, nesterov=True)
+  adam = optax.adamw(0.02, b2=0.9, weight_decay=0.0, nesterov=True)
   for path in (
     "llm/embed_tokens/embedding",
     "llm/layers/input_layernorm/scale",

@@ -25,21 +25,14 @@ from vocojax.training.state import TrainState
 FOLDER = "checkpoints"
 
 
-def _manager(folder: pathlib.Path, keep: int | None = None):
-  return ocp.CheckpointManager(
-    folder.absolute(),
-    item_handlers={
-      "params": ocp.StandardCheckpointHandler(),
-      "optimizer": ocp.StandardCheckpointHandler(),
-      "data": grain.checkpoint.CheckpointHandler(),
-      "config": ocp.JsonCheckpointHandler(),
-      "tokenizer": ocp.JsonCheckpointHandler(),
-      "progress": ocp.JsonCheckpointHandler(),
-    },
-    options=ocp.CheckpointManagerOptions(
-      max_to_keep=keep, create=keep is not None, read_only=keep is None
-    ),
-  )
+def _steps(folder: pathlib.Path) -> list[int]:
+  """Steps whose checkpoint is complete, ascending."""
+  return sorted(ocp.utils.checkpoint_steps(folder))
+
+
+def _read_json(folder: pathlib.Path, item: str) -> dict:
+  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+    return reader.restore(folder / item)
 
 
 class Checkpointer:
@@ -54,7 +47,12 @@ class Checkpointer:
     self._folder = phase / FOLDER
     self._config = config
     self._tokenizer = _tokenizer_files(tokenizer)
-    self._manager = _manager(self._folder, config.training.keep_checkpoints)
+    self._manager = ocp.CheckpointManager(
+      self._folder.absolute(),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=config.training.keep_checkpoints
+      ),
+    )
 
   @property
   def latest(self) -> int | None:
@@ -88,9 +86,7 @@ class Checkpointer:
     Raises:
       CheckpointError: the checkpoint belongs to another model or data order.
     """
-    saved = self._manager.restore(
-      step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
-    ).config
+    saved = _read_json(self.path(step), "config")
     _check_same(self.path(step), saved, self._config)
     optimizer = {"step": abstract.step, "state": abstract.opt_state}
     restored = self._manager.restore(
@@ -166,14 +162,12 @@ def find(path: str) -> tuple[pathlib.Path, int]:
       f"{path}: no folder '{FOLDER}' in it{hint}; name the phase folder of a "
       "workdir"
     )
-  manager = _manager(folder)
-  steps = manager.all_steps()
-  manager.close()
+  steps = _steps(folder)
   if step is None and steps:
     step = max(steps)
   if step not in steps:
     raise CheckpointError(
-      f"{path}: no complete checkpoint, found {sorted(steps) or 'none'}; "
+      f"{path}: no complete checkpoint, found {steps or 'none'}; "
       "a run writes one every config.training.checkpoint_every steps"
     )
   return folder, step
@@ -186,27 +180,19 @@ def load(path: str) -> Loaded:
     CheckpointError: there is none, or a part of it cannot be read.
   """
   folder, step = find(path)
-  manager = _manager(folder)
-  try:
-    saved = manager.restore(
-      step,
-      args=ocp.args.Composite(
-        config=ocp.args.JsonRestore(), tokenizer=ocp.args.JsonRestore()
-      ),
-    )
-  except (OSError, ValueError, KeyError) as e:
-    raise CheckpointError(
-      f"{folder / str(step)}: cannot be read ({' '.join(str(e).split())[:200]})"
-      "; use another step"
-    ) from e
-  finally:
-    manager.close()
   where = folder / str(step)
+  try:
+    saved = {item: _read_json(where, item) for item in ("config", "tokenizer")}
+  except (OSError, ValueError) as e:
+    raise CheckpointError(
+      f"{where}: cannot be read ({' '.join(str(e).split())[:200]}); use "
+      "another step"
+    ) from e
   with tempfile.TemporaryDirectory() as temporary:
-    for name, content in saved.tokenizer.items():
+    for name, content in saved["tokenizer"].items():
       (pathlib.Path(temporary) / name).write_text(json.dumps(content))
     tokenizer = load_tokenizer(temporary)
-  config = Config.from_json(json.dumps(saved.config), str(where))
+  config = Config.from_json(json.dumps(saved["config"]), str(where))
   return Loaded(where, step, config, tokenizer)
 
 
@@ -227,31 +213,25 @@ def load_params(
     CheckpointError: a parameter has another shape.
   """
   folder, step = find(path)
-  manager = _manager(folder)
-  metadata = manager.item_metadata(step).params
+  where = folder / str(step)
   wanted = state.flatten(abstract)
-  saved = state.flatten(getattr(metadata, "tree", metadata))
-  for name in wanted.keys() & saved.keys():
-    if tuple(saved[name].shape) != wanted[name].shape:
-      manager.close()
-      raise CheckpointError(
-        f"{folder / str(step)}: {name} has shape {tuple(saved[name].shape)}, "
-        f"the model of this run ({model.llm.num_hidden_layers} layers, width "
-        f"{model.llm.hidden_size}) needs {wanted[name].shape}; use a checkpoint"
-        " of the same shape or change config.model"
-      )
-  # Orbax restores whole items: what is not wanted is read and dropped.
-  target = {
-    name: wanted.get(name, jax.ShapeDtypeStruct(x.shape, x.dtype))
-    for name, x in saved.items()
-  }
-  restored = manager.restore(
-    step,
-    args=ocp.args.Composite(
-      params=ocp.args.StandardRestore(state.unflatten(target))
-    ),
-  ).params
-  manager.close()
+  with ocp.StandardCheckpointer() as reader:
+    metadata = reader.metadata(where / "params")
+    saved = state.flatten(metadata.item_metadata.tree)
+    for name in wanted.keys() & saved.keys():
+      if tuple(saved[name].shape) != wanted[name].shape:
+        raise CheckpointError(
+          f"{where}: {name} has shape {tuple(saved[name].shape)}, the model of "
+          f"this run ({model.llm.num_hidden_layers} layers, width "
+          f"{model.llm.hidden_size}) needs {wanted[name].shape}; use a "
+          "checkpoint of the same shape or change config.model"
+        )
+    # Orbax restores whole items: what is not wanted is read and dropped.
+    target = {
+      name: wanted.get(name, jax.ShapeDtypeStruct(x.shape, x.dtype))
+      for name, x in saved.items()
+    }
+    restored = reader.restore(where / "params", state.unflatten(target))
   found = {
     name: x for name, x in state.flatten(restored).items() if name in wanted
   }

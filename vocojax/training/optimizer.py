@@ -42,32 +42,34 @@ def make_optimizer(
   def decays(path, _):
     return not state.matches(path, config.no_decay)
 
-  rate = schedule(config, config.learning_rate, steps)
-  if config.name == "adamw":
-    optimizer = optax.adamw(
-      rate,
+  def adamw(peak, nesterov):
+    return optax.adamw(
+      schedule(config, peak, steps),
       config.b1,
       config.b2,
       config.eps,
       weight_decay=config.weight_decay,
       mask=by_path(decays),
+      nesterov=nesterov,
     )
+
+  def label(path, _):
+    is_matrix = path.endswith("kernel") and "lm_head" not in path
+    return "muon" if is_matrix else "adamw"
+
+  if config.name == "adamw":
+    optimizer = adamw(config.learning_rate, nesterov=False)
   else:
-
-    def matrix(path, x):
-      if path.endswith("kernel") and "lm_head" not in path:
-        return contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)
-      return None
-
-    optimizer = contrib.muon(
-      rate,
+    # `contrib.muon` has an AdamW of its own, but without a decay mask.
+    muon = contrib.muon(
+      schedule(config, config.learning_rate, steps),
       weight_decay=config.weight_decay,
       weight_decay_mask=by_path(decays),
-      adam_b1=config.b1,
-      adam_b2=config.b2,
-      adam_weight_decay=config.weight_decay,
-      adam_learning_rate=schedule(config, config.adam_learning_rate, steps),
-      muon_weight_dimension_numbers=by_path(matrix),
+      muon_weight_dimension_numbers=contrib.MuonDimensionNumbers(-2, -1),
+    )
+    optimizer = optax.partition(
+      {"muon": muon, "adamw": adamw(config.adam_learning_rate, nesterov=True)},
+      by_path(label),
     )
   if config.grad_clip:
     return optax.chain(optax.clip_by_global_norm(config.grad_clip), optimizer)

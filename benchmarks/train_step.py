@@ -1,0 +1,300 @@
+"""Train-step speed: vocojax against PyTorch. Read next: `torch_voco.py`.
+
+  python -m benchmarks.train_step [--sizes easy_vqa wide] [--repeats 5]
+
+Both train the same model from the same weights on the same batch: forward,
+backward, clipping, AdamW, float32, on two CPU cores. Ours is the step that the
+trainer runs, jitted and donated; PyTorch is eager, with fused AdamW. The two
+take turns in one process. Text rows hold several conversations about one image.
+
+The vocabularies are small on purpose: LLaVA's loss puts the head on the whole
+joint sequence, ours on text alone, and at these widths a vocabulary of 32,000
+would make that the only thing to measure.
+"""
+
+import argparse
+import dataclasses
+import functools
+import os
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+
+from benchmarks import torch_voco
+from configs import easyvqa_1tok
+from vocojax import assemble
+from vocojax import config as config_lib
+from vocojax.models.compressors import StreamTokens
+from vocojax.models.vlm import VisionLanguageModel
+from vocojax.training import optimizer as optimizer_lib
+from vocojax.training import state, step
+
+_WIDE = {
+  "model.llm.hidden_size": 256,
+  "model.llm.intermediate_size": 688,
+  "model.llm.num_attention_heads": 8,
+  "model.llm.num_key_value_heads": 8,
+  "model.vision.hidden_size": 256,
+  "model.vision.intermediate_size": 1024,
+  "model.vision.num_attention_heads": 8,
+}
+# As in the published model: 576 patches and a frozen vision tower.
+_PATCHES_576 = _WIDE | {
+  "model.llm.vocab_size": 256,
+  "model.vision.image_size": 336,
+  "model.vision.patch_size": 14,
+  "model.vision.num_hidden_layers": 4,
+  "data.batch_size": 4,
+  "optimizer.freeze": ("^vision/",),
+}
+# Changes to configs/easyvqa_1tok.py.
+SIZES = {
+  "easy_vqa": {},
+  "wide": _WIDE | {"data.batch_size": 24},
+  "576_text_64": _PATCHES_576 | {"data.max_text_length": 64},
+  "576_text_256": _PATCHES_576 | {"data.max_text_length": 256},
+}
+_ONE_PHASE = {
+  "training.steps": 1000,
+  "optimizer.name": "adamw",
+  "optimizer.learning_rate": 1e-3,
+  "optimizer.schedule": "constant",
+  "optimizer.warmup_ratio": 0.0,
+}
+TOKENS = StreamTokens(prefix_ids=(1,), suffix_ids=(4, 5), voco_token_id=3)
+
+
+@dataclasses.dataclass
+class Result:
+  """Of one size; one number a repetition where it says so."""
+
+  name: str
+  tokens_per_image: int
+  batch_size: int
+  compile_seconds: float
+  ours: list[float]  # seconds of a step
+  torch: list[float]  # seconds of a step
+  parts: dict[str, float]  # seconds of a step, ours
+
+
+def make_config(overrides: dict) -> config_lib.Config:
+  """configs/easyvqa_1tok.py as one VoCo phase with AdamW; dotted keys."""
+  c = easyvqa_1tok.get_config()
+  c.phases, c.phase = (), {}
+  c.update_from_flattened_dict(_ONE_PHASE | overrides)
+  return config_lib.phases(c)[0]
+
+
+def random_batch(config: config_lib.Config) -> dict[str, np.ndarray]:
+  """One image a row and conversations of equal length; half is trained."""
+  rng = np.random.default_rng(0)
+  B, T = config.data.batch_size, config.data.max_text_length
+  size = config.model.vision.image_size
+  ids = rng.integers(0, config.model.llm.vocab_size, (B, T), np.int32)
+  segments = 1 + np.arange(T) * config.data.conversations_per_record // T
+  trained = rng.random((B, T)) < 0.5
+  return {
+    "images": rng.integers(0, 256, (B, 1, size, size, 3), np.uint8),
+    "image_group_ids": np.ones((B, 1), np.int32),
+    "input_ids": ids,
+    "labels": np.where(trained, ids, -100).astype(np.int32),
+    "segment_ids": np.tile(segments.astype(np.int32), (B, 1)),
+    "text_group_ids": np.ones((B, T), np.int32),
+  }
+
+
+class Ours:
+  """The train step of the trainer, on one device."""
+
+  def __init__(self, config: config_lib.Config):
+    self.config = config
+    self.model = VisionLanguageModel(config.model, TOKENS)
+    self.params = jax.jit(self.model.init)(jax.random.key(config.seed))
+    self._freeze = config.optimizer.freeze
+    self._optimizer = optimizer_lib.make_optimizer(config.optimizer, config.training.steps)
+
+  def compile(self, batch) -> float:
+    """Makes the step ready; returns the seconds that compiling took."""
+    # The step takes its state over, and `params` are still needed.
+    params = jax.tree.map(jnp.copy, self.params)
+    self._state = step.init_state(params, self._optimizer, self._freeze)
+    train_step = jax.jit(
+      step.make_train_step(self.model, self._optimizer, self._freeze, 1),
+      donate_argnums=0,
+    )
+    start = time.perf_counter()
+    self._step = train_step.lower(self._state, batch).compile()
+    return time.perf_counter() - start
+
+  def run(self, batch, steps: int) -> list[float]:
+    """Losses of so many steps; returns when all is done."""
+    losses = []
+    for _ in range(steps):
+      self._state, metrics = self._step(self._state, batch)
+      losses.append(metrics["loss"])
+    jax.block_until_ready(self._state)
+    return [float(x) for x in losses]
+
+  def parts(self, batch) -> dict:
+    """Jitted functions of no arguments, each a part of the train step.
+
+    Forward and backward of the vision tower and projector, of those and the
+    image stream, and the optimiser.
+    """
+    trained, frozen = state.split(self.params, self._freeze)
+    images = jnp.asarray(batch["images"][:, 0])
+
+    def backward(f):
+      """Gradient of what `f` returns for the parameters."""
+
+      def total(trained):
+        return sum(
+          jnp.vdot(x, x) for x in jax.tree.leaves(f(state.merge(trained, frozen)))
+        )
+
+      grad = jax.jit(jax.grad(total))
+      return functools.partial(grad, trained)
+
+    @jax.jit
+    def update(trained, opt_state):
+      updates, opt_state = self._optimizer.update(trained, opt_state, trained)
+      return optax.apply_updates(trained, updates), opt_state
+
+    return {
+      "vision": backward(lambda p: self.model.embed_images(p, images)),
+      "images": backward(lambda p: self.model.compress(p, images)[0]),
+      "optimizer": functools.partial(
+        update, trained, jax.jit(self._optimizer.init)(trained)
+      ),
+    }
+
+
+class Torch:
+  """The same model in PyTorch from the same weights."""
+
+  def __init__(self, ours: Ours):
+    model = torch_voco.from_params(
+      ours.config.model, ours.model.stream, ours.params
+    )
+    self._step = torch_voco.make_train_step(model, ours.config.optimizer)
+
+  def run(self, batch, steps: int) -> list[float]:
+    """Losses of so many steps."""
+    losses = []
+    for _ in range(steps):
+      tensors = {k: torch.from_numpy(v) for k, v in batch.items()}
+      losses.append(self._step(tensors).detach())
+    return [float(x) for x in losses]
+
+
+def seconds(f, *args) -> float:
+  """Of one call, until everything it returns is there."""
+  start = time.perf_counter()
+  jax.block_until_ready(f(*args))
+  return time.perf_counter() - start
+
+
+def measure(name: str, overrides: dict, repeats: int) -> Result:
+  """Times one size, after checking that both sides train the same model."""
+  config = make_config(overrides)
+  batch = random_batch(config)
+  ours = Ours(config)
+  reference = Torch(ours)
+  compile_seconds = ours.compile(batch)
+  # Two steps warm up, and the second loss depends on a whole first step.
+  losses = ours.run(batch, 2), reference.run(batch, 2)
+  np.testing.assert_allclose(*losses, rtol=1e-4)
+  steps = max(1, round(0.5 / seconds(ours.run, batch, 1)))
+  times: dict[str, list[float]] = {"ours": [], "torch": []}
+  for _ in range(repeats):
+    times["ours"].append(seconds(ours.run, batch, steps) / steps)
+    times["torch"].append(seconds(reference.run, batch, steps) / steps)
+  return Result(
+    name,
+    ours.model.stream.length + config.data.max_text_length,
+    config.data.batch_size,
+    compile_seconds,
+    times["ours"],
+    times["torch"],
+    _parts(ours, batch, min(repeats, 3), statistics.median(times["ours"])),
+  )
+
+
+def _parts(ours: Ours, batch, repeats: int, whole: float) -> dict[str, float]:
+  parts = ours.parts(batch)
+  for f in parts.values():
+    jax.block_until_ready(f())  # compiles
+  times = {k: [] for k in parts}
+  for _ in range(repeats):
+    for k, f in parts.items():
+      times[k].append(seconds(f))
+  median = {k: statistics.median(v) for k, v in times.items()}
+  return {
+    "vision, projector": median["vision"],
+    "image stream": median["images"] - median["vision"],
+    "text stream, loss": whole - median["images"] - median["optimizer"],
+    "optimiser": median["optimizer"],
+  }
+
+
+def report(results: list[Result]) -> str:
+  """Two Markdown tables."""
+  lines = [
+    "| size | tokens per image | batch | vocojax images/s | PyTorch images/s "
+    "| ratio (min-max) | compile |",
+    "|---|--:|--:|--:|--:|--:|--:|",
+  ]
+  for r in results:
+    ratios = [b / a for a, b in zip(r.ours, r.torch, strict=True)]
+    lines.append(
+      f"| {r.name} | {r.tokens_per_image} | {r.batch_size} "
+      f"| {r.batch_size / statistics.median(r.ours):.1f} "
+      f"| {r.batch_size / statistics.median(r.torch):.1f} "
+      f"| {statistics.median(ratios):.2f} "
+      f"({min(ratios):.2f}-{max(ratios):.2f}) | {r.compile_seconds:.0f} s |"
+    )
+  parts = list(results[0].parts)
+  lines += [
+    "",
+    "Where a vocojax step goes, in milliseconds and percent:",
+    "",
+    "| size | step | " + " | ".join(parts) + " |",
+    "|---|--:|" + "--:|" * len(parts),
+  ]
+  for r in results:
+    whole = statistics.median(r.ours)
+    cells = [
+      f"{1e3 * t:.0f} ({100 * t / whole:.0f} %)" for t in r.parts.values()
+    ]
+    lines.append(f"| {r.name} | {1e3 * whole:.0f} | " + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+  parser.add_argument("--repeats", type=int, default=5)
+  args = parser.parse_args()
+  # Before the first JAX call, which starts a thread for every core it may use.
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+  jax.config.update("jax_platforms", "cpu")
+  torch.set_num_threads(2)
+  results = []
+  for name in args.sizes:
+    print(f"{name} ...", flush=True)
+    results.append(measure(name, SIZES[name], args.repeats))
+  print("\n" + report(results) + "\n")
+  for key, value in assemble.provenance(
+    assemble.command_line("benchmarks.train_step")
+  ).items():
+    print(f"{key}: {value}")
+  print(f"torch: {torch.__version__}")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,118 @@
+"""A tiny data set and config, and the programs run on them as a user would.
+
+Read next: `training/test_resume.py`, `test_train.py`.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+
+from vocojax.data import tokenizer
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+COLOURS = {
+  "red": (220, 30, 30),
+  "green": (30, 180, 40),
+  "blue": (30, 60, 220),
+  "yellow": (230, 220, 40),
+}
+NUM_RECORDS = 24
+
+CONFIG = """
+from configs import common
+
+
+def get_config():
+  c = common.get_config()
+  c.model.dtype, c.model.remat = "float32", "none"
+  c.model.llm.update(
+    vocab_size=20, vocab_multiple=8, hidden_size=16, intermediate_size=24
+  )
+  c.model.llm.update(
+    num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2
+  )
+  c.model.llm.update(head_dim=8, initializer_range=0.2)
+  c.model.vision.update(
+    image_size=64, patch_size=16, hidden_size=16, intermediate_size=32
+  )
+  c.model.vision.update(
+    num_hidden_layers=2, num_attention_heads=2, initializer_range=0.2
+  )
+  c.prompt.layout = "qa_v1"
+  c.data.update(
+    path="FOLDER/data.json", image_folder="FOLDER", tokenizer="FOLDER/tokenizer"
+  )
+  c.data.update(max_text_length=24, batch_size=4, prefetch_batches=1)
+  c.optimizer.update(learning_rate=0.01, b2=0.99, freeze=())
+  c.training.update(steps=12, log_every=4, checkpoint_every=100)
+  c.evaluation.update(split="train[:10]", batch_size=4, max_new_tokens=4)
+"""
+ONE_PHASE = "  return c\n"
+TWO_PHASES = """\
+  c.phases = ("full", "voco")
+  c.phase.full = {"model": {"compressor": {"name": "full"}}}
+  c.phase.voco = {"seed": 1}
+  return c
+"""
+
+
+def entry(i: int) -> dict:
+  """A record of the JSON file, with answers of different lengths."""
+  name = list(COLOURS)[i % 4]
+  turns = [f"what color is this ? number {i % 3}", name]
+  if i % 2:
+    turns += ["is it green ?", "yes it is" if name == "green" else "no"]
+  roles = ("human", "gpt") * 2
+  return {
+    "id": f"r{i}",
+    "image": f"{i}.png",
+    "conversations": [
+      {"from": role, "value": text}
+      for role, text in zip(roles, turns, strict=False)
+    ],
+  }
+
+
+def write_data(folder: pathlib.Path) -> None:
+  """Images, data.json and a tokenizer of 20 tokens."""
+  rng = np.random.default_rng(0)
+  for i in range(NUM_RECORDS):
+    pixels = np.full((20, 20, 3), list(COLOURS.values())[i % 4], np.uint8)
+    pixels[rng.integers(0, 20, 40), rng.integers(0, 20, 40)] = 0
+    Image.fromarray(pixels).save(folder / f"{i}.png")
+  entries = [entry(i) for i in range(NUM_RECORDS)]
+  (folder / "data.json").write_text(json.dumps(entries))
+  texts = (t["value"] for e in entries for t in e["conversations"])
+  words = tokenizer.build_word_level(texts)
+  assert len(words) == 20, len(words)
+  words.save_pretrained(folder / "tokenizer")
+
+
+def write_config(folder: pathlib.Path, name: str, tail: str) -> pathlib.Path:
+  path = folder / name
+  path.write_text(CONFIG.replace("FOLDER", str(folder)) + tail)
+  return path
+
+
+def start(module: str, *arguments: str, **env: str) -> subprocess.Popen:
+  """Starts `python -m module` on one CPU device."""
+  return subprocess.Popen(
+    [sys.executable, "-m", module, *arguments],
+    cwd=ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"} | env,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def metrics(phase: pathlib.Path) -> list[dict]:
+  """Lines of metrics.jsonl, without what a clock says."""
+  lines = map(json.loads, (phase / "metrics.jsonl").read_text().splitlines())
+  clock = ("time", "images_per_second")
+  return [{k: v for k, v in x.items() if k not in clock} for x in lines]
