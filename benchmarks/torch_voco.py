@@ -70,21 +70,22 @@ class VisionLayer(nn.Module):
 
 
 class Vision(nn.Module):
-  """CLIP's vision tower, as far as the layer whose features are used."""
+  """CLIP's vision tower; runs up to the layer whose features are used."""
 
   def __init__(self, c):
     super().__init__()
     self.embeddings = VisionEmbeddings(c)
     self.pre_layernorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
     self.layers = nn.ModuleList(
-      VisionLayer(c) for _ in range(c.num_feature_layers)
+      VisionLayer(c) for _ in range(c.num_hidden_layers)
     )
+    self.num_feature_layers = c.num_feature_layers
 
   def forward(self, images):  # uint8 [B, S, S, 3]
     mean = torch.from_numpy(IMAGE_MEAN)
     pixels = (images.float() / 255 - mean) / torch.from_numpy(IMAGE_STD)
     x = self.pre_layernorm(self.embeddings(pixels.permute(0, 3, 1, 2)))
-    for layer in self.layers:
+    for layer in self.layers[: self.num_feature_layers]:
       x = layer(x)
     return x[:, 1:]
 
@@ -292,9 +293,7 @@ def make_train_step(model: VisionLanguageModel, config: OptimizerConfig):
       batch["segment_ids"],
     )
     loss.backward()
-    nn.utils.clip_grad_norm_(
-      decayed + kept, config.grad_clip
-    )
+    nn.utils.clip_grad_norm_(decayed + kept, config.grad_clip)
     optimizer.step()
     return loss
 

@@ -4,8 +4,10 @@
 
 Both train the same model from the same weights on the same batch: forward,
 backward, clipping, AdamW, float32, on two CPU cores. Ours is the step that the
-trainer runs, jitted and donated; PyTorch is eager, with fused AdamW. The two
-take turns in one process. Text rows hold several conversations about one image.
+trainer runs, jitted and donated; PyTorch is eager, with fused AdamW. They take
+turns in one process. Text rows hold several conversations about one image.
+`--torch_compile` adds the same PyTorch model under `torch.compile`, which needs
+a C++ compiler and about a minute a size.
 
 The vocabularies are small on purpose: LLaVA's loss puts the head on the whole
 joint sequence, ours on text alone, and at these widths a vocabulary of 32,000
@@ -66,6 +68,7 @@ _ONE_PHASE = {
   "optimizer.schedule": "constant",
   "optimizer.warmup_ratio": 0.0,
 }
+_REPETITION_SECONDS = 0.5  # at least; as many steps as that takes
 TOKENS = StreamTokens(prefix_ids=(1,), suffix_ids=(4, 5), voco_token_id=3)
 
 
@@ -76,9 +79,8 @@ class Result:
   name: str
   tokens_per_image: int
   batch_size: int
-  compile_seconds: float
-  ours: list[float]  # seconds of a step
-  torch: list[float]  # seconds of a step
+  compile_seconds: float  # ours
+  times: dict[str, list[float]]  # seconds of a step; ours comes first
   parts: dict[str, float]  # seconds of a step, ours
 
 
@@ -116,10 +118,15 @@ class Ours:
     self.model = VisionLanguageModel(config.model, TOKENS)
     self.params = jax.jit(self.model.init)(jax.random.key(config.seed))
     self._freeze = config.optimizer.freeze
-    self._optimizer = optimizer_lib.make_optimizer(config.optimizer, config.training.steps)
+    self._optimizer = optimizer_lib.make_optimizer(
+      config.optimizer, config.training.steps
+    )
 
-  def compile(self, batch) -> float:
-    """Makes the step ready; returns the seconds that compiling took."""
+  def compile(self, batch, options: dict | None = None) -> float:
+    """Makes the step ready; returns the seconds that compiling took.
+
+    `options` are those of XLA, for tests.
+    """
     # The step takes its state over, and `params` are still needed.
     params = jax.tree.map(jnp.copy, self.params)
     self._state = step.init_state(params, self._optimizer, self._freeze)
@@ -128,7 +135,7 @@ class Ours:
       donate_argnums=0,
     )
     start = time.perf_counter()
-    self._step = train_step.lower(self._state, batch).compile()
+    self._step = train_step.lower(self._state, batch).compile(options)
     return time.perf_counter() - start
 
   def run(self, batch, steps: int) -> list[float]:
@@ -141,46 +148,45 @@ class Ours:
     return [float(x) for x in losses]
 
   def parts(self, batch) -> dict:
-    """Jitted functions of no arguments, each a part of the train step.
+    """Jitted parts of the train step, as functions without arguments.
 
-    Forward and backward of the vision tower and projector, of those and the
-    image stream, and the optimiser.
+    Forward and backward of the vision tower and projector, the same of those
+    and the image stream, and the optimiser.
     """
     trained, frozen = state.split(self.params, self._freeze)
     images = jnp.asarray(batch["images"][:, 0])
 
-    def backward(f):
-      """Gradient of what `f` returns for the parameters."""
+    def backward(forward):
+      def total(trained, frozen, images):
+        outputs = forward(state.merge(trained, frozen), images)
+        return sum(jnp.vdot(x, x) for x in jax.tree.leaves(outputs))
 
-      def total(trained):
-        return sum(
-          jnp.vdot(x, x) for x in jax.tree.leaves(f(state.merge(trained, frozen)))
-        )
-
-      grad = jax.jit(jax.grad(total))
-      return functools.partial(grad, trained)
+      return functools.partial(
+        jax.jit(jax.grad(total)), trained, frozen, images
+      )
 
     @jax.jit
-    def update(trained, opt_state):
-      updates, opt_state = self._optimizer.update(trained, opt_state, trained)
-      return optax.apply_updates(trained, updates), opt_state
+    def update(grads, opt_state, params):
+      updates, opt_state = self._optimizer.update(grads, opt_state, params)
+      return optax.apply_updates(params, updates), opt_state
 
+    opt_state = jax.jit(self._optimizer.init)(trained)
     return {
-      "vision": backward(lambda p: self.model.embed_images(p, images)),
-      "images": backward(lambda p: self.model.compress(p, images)[0]),
-      "optimizer": functools.partial(
-        update, trained, jax.jit(self._optimizer.init)(trained)
-      ),
+      "vision": backward(self.model.embed_images),
+      "images": backward(lambda *args: self.model.compress(*args)[0]),
+      "optimizer": functools.partial(update, trained, opt_state, trained),
     }
 
 
 class Torch:
   """The same model in PyTorch from the same weights."""
 
-  def __init__(self, ours: Ours):
+  def __init__(self, ours: Ours, compiled: bool):
     model = torch_voco.from_params(
       ours.config.model, ours.model.stream, ours.params
     )
+    if compiled:
+      model.compile()
     self._step = torch_voco.make_train_step(model, ours.config.optimizer)
 
   def run(self, batch, steps: int) -> list[float]:
@@ -199,86 +205,105 @@ def seconds(f, *args) -> float:
   return time.perf_counter() - start
 
 
-def measure(name: str, overrides: dict, repeats: int) -> Result:
-  """Times one size, after checking that both sides train the same model."""
+def measure(
+  name: str, overrides: dict, repeats: int, torch_compile: bool
+) -> Result:
+  """Times one size, after checking that all train the same model.
+
+  Raises:
+    AssertionError: they do not.
+  """
   config = make_config(overrides)
   batch = random_batch(config)
   ours = Ours(config)
-  reference = Torch(ours)
+  sides = {"vocojax": ours, "PyTorch": Torch(ours, compiled=False)}
+  if torch_compile:
+    sides["PyTorch compiled"] = Torch(ours, compiled=True)
   compile_seconds = ours.compile(batch)
   # Two steps warm up, and the second loss depends on a whole first step.
-  losses = ours.run(batch, 2), reference.run(batch, 2)
-  np.testing.assert_allclose(*losses, rtol=1e-4)
-  steps = max(1, round(0.5 / seconds(ours.run, batch, 1)))
-  times: dict[str, list[float]] = {"ours": [], "torch": []}
+  losses = {name: side.run(batch, 2) for name, side in sides.items()}
+  for found in losses.values():
+    np.testing.assert_allclose(found, losses["vocojax"], rtol=1e-4)
+  steps = max(1, round(_REPETITION_SECONDS / seconds(ours.run, batch, 1)))
+  times = {name: [] for name in sides}
   for _ in range(repeats):
-    times["ours"].append(seconds(ours.run, batch, steps) / steps)
-    times["torch"].append(seconds(reference.run, batch, steps) / steps)
+    for side_name, side in sides.items():
+      times[side_name].append(seconds(side.run, batch, steps) / steps)
   return Result(
     name,
     ours.model.stream.length + config.data.max_text_length,
     config.data.batch_size,
     compile_seconds,
-    times["ours"],
-    times["torch"],
-    _parts(ours, batch, min(repeats, 3), statistics.median(times["ours"])),
+    times,
+    _parts(ours, batch, repeats),
   )
 
 
-def _parts(ours: Ours, batch, repeats: int, whole: float) -> dict[str, float]:
+def _parts(ours: Ours, batch, repeats: int) -> dict[str, float]:
   parts = ours.parts(batch)
   for f in parts.values():
     jax.block_until_ready(f())  # compiles
-  times = {k: [] for k in parts}
+  parts["step"] = functools.partial(ours.run, batch, 1)
+  times: dict[str, list[float]] = {k: [] for k in parts}
   for _ in range(repeats):
     for k, f in parts.items():
       times[k].append(seconds(f))
   median = {k: statistics.median(v) for k, v in times.items()}
+  rest = median["step"] - median["images"] - median["optimizer"]
   return {
     "vision, projector": median["vision"],
     "image stream": median["images"] - median["vision"],
-    "text stream, loss": whole - median["images"] - median["optimizer"],
+    "text stream, loss": rest,
     "optimiser": median["optimizer"],
   }
 
 
 def report(results: list[Result]) -> str:
-  """Two Markdown tables."""
-  lines = [
-    "| size | tokens per image | batch | vocojax images/s | PyTorch images/s "
-    "| ratio (min-max) | compile |",
-    "|---|--:|--:|--:|--:|--:|--:|",
-  ]
+  """Two Markdown tables.
+
+  A ratio is the median of those of the repetitions, with the least and the
+  greatest of them.
+  """
+  sides = list(results[0].times)
+  head = ["size", "tokens per image", "batch"]
+  head += [f"{side} images/s" for side in sides]
+  head += [f"vocojax / {side}" for side in sides[1:]]
+  rows = []
   for r in results:
-    ratios = [b / a for a, b in zip(r.ours, r.torch, strict=True)]
-    lines.append(
-      f"| {r.name} | {r.tokens_per_image} | {r.batch_size} "
-      f"| {r.batch_size / statistics.median(r.ours):.1f} "
-      f"| {r.batch_size / statistics.median(r.torch):.1f} "
-      f"| {statistics.median(ratios):.2f} "
-      f"({min(ratios):.2f}-{max(ratios):.2f}) | {r.compile_seconds:.0f} s |"
-    )
-  parts = list(results[0].parts)
-  lines += [
-    "",
-    "Where a vocojax step goes, in milliseconds and percent:",
-    "",
-    "| size | step | " + " | ".join(parts) + " |",
-    "|---|--:|" + "--:|" * len(parts),
-  ]
+    row = [r.name, r.tokens_per_image, r.batch_size]
+    for side in sides:
+      row.append(f"{r.batch_size / statistics.median(r.times[side]):.1f}")
+    for side in sides[1:]:
+      pairs = zip(r.times[sides[0]], r.times[side], strict=True)
+      ratios = [theirs / ours for ours, theirs in pairs]
+      middle = statistics.median(ratios)
+      row.append(f"{middle:.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
+    rows.append([*row, f"{r.compile_seconds:.0f}"])
+  speed = _table([*head, "vocojax compiles, s"], rows)
+
+  rows = []
   for r in results:
-    whole = statistics.median(r.ours)
-    cells = [
-      f"{1e3 * t:.0f} ({100 * t / whole:.0f} %)" for t in r.parts.values()
-    ]
-    lines.append(f"| {r.name} | {1e3 * whole:.0f} | " + " | ".join(cells) + " |")
-  return "\n".join(lines)
+    whole = sum(r.parts.values())
+    rows.append([r.name, f"{1e3 * whole:.0f}"])
+    for t in r.parts.values():
+      rows[-1].append(f"{1e3 * t:.0f} ({100 * t / whole:.0f} %)")
+  parts = _table(["size", "step", *results[0].parts], rows)
+  return (
+    f"{speed}\n\nWhere a vocojax step goes, in milliseconds; the text stream "
+    f"is what the others leave:\n\n{parts}"
+  )
+
+
+def _table(head: list[str], rows: list[list]) -> str:
+  lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
+  return "\n".join("| " + " | ".join(map(str, x)) + " |" for x in lines)
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
   parser.add_argument("--repeats", type=int, default=5)
+  parser.add_argument("--torch_compile", action="store_true")
   args = parser.parse_args()
   # Before the first JAX call, which starts a thread for every core it may use.
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
@@ -287,7 +312,7 @@ def main():
   results = []
   for name in args.sizes:
     print(f"{name} ...", flush=True)
-    results.append(measure(name, SIZES[name], args.repeats))
+    results.append(measure(name, SIZES[name], args.repeats, args.torch_compile))
   print("\n" + report(results) + "\n")
   for key, value in assemble.provenance(
     assemble.command_line("benchmarks.train_step")

@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
   vision.initializer_range = 0.02  # standard deviation of new weights
 
   c.model.compressor = ConfigDict()
-  c.model.compressor.name = "voco"  # 'full': text sees every patch
+  c.model.compressor.name = "voco"  # 'full': sees all; 'avgpool': k means
   c.model.compressor.num_voco_tokens = 1  # k, 1 to 128
   c.model.compressor.text_sees_bos = False  # True: text also sees BOS
 
@@ -81,6 +81,9 @@ def get_config() -> ConfigDict:
   c.data.max_text_length = 2048 - 580  # tokens of a text row
   c.data.max_images = 1  # image slots of a text row
   c.data.conversations_per_record = 0  # sampled from those of a record; 0 all
+  # Training leaves out conversations that end in one of these answers, such as
+  # ('yes', 'no') to begin with open questions.
+  c.data.skip_answers = ()
   c.data.batch_size = 128  # text rows per step, over all devices and hosts
   c.data.flip_images = False  # mirror at random, both ways
   c.data.pad_to_square = True  # False: centre crop loses the long side's ends

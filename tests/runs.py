@@ -3,16 +3,24 @@
 Read next: `training/test_resume.py`, `test_train.py`.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
+from jax.sharding import AxisType
 from PIL import Image
 
+from vocojax import assemble
+from vocojax.config import Config
 from vocojax.data import tokenizer
+from vocojax.data.sources import make_source
+from vocojax.models.vlm import VisionLanguageModel
+from vocojax.training import checkpoint, loop, sharding
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COLOURS = {
@@ -64,7 +72,8 @@ TWO_PHASES = """\
 def entry(i: int) -> dict:
   """A record of the JSON file, with answers of different lengths."""
   name = list(COLOURS)[i % 4]
-  turns = [f"what color is this ? number {i % 3}", name]
+  turns = [f"what color is this ? number {i % 3}"]
+  turns.append(name if i % 3 else f"it is {name}")
   if i % 2:
     turns += ["is it green ?", "yes it is" if name == "green" else "no"]
   roles = ("human", "gpt") * 2
@@ -111,8 +120,115 @@ def start(module: str, *arguments: str, **env: str) -> subprocess.Popen:
   )
 
 
+def start_cached(folder: pathlib.Path, *arguments: str) -> subprocess.Popen:
+  """`start`, compiling quickly, and once for all starts with this folder."""
+  return start(*arguments, **_cached(folder))
+
+
+def _cached(folder: pathlib.Path) -> dict[str, str]:
+  return {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+  }
+
+
+# Imports the program once and forks for each command line that it reads.
+_FORKS = """
+import importlib, json, os, sys, traceback
+from vocojax import cli
+
+program = importlib.import_module(sys.argv[1])
+for line in sys.stdin:
+  arguments, out, err = json.loads(line)
+  if child := os.fork():
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    continue
+  for file, path in ((1, out), (2, err)):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), file)
+  sys.argv[1:] = arguments
+  try:
+    cli.run(program.main, program.__doc__)
+  except SystemExit as e:
+    status = e.code or 0
+  except BaseException:
+    traceback.print_exc()
+    status = 1
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)
+"""
+
+
+class Forks:
+  """Runs a program many times, importing it once."""
+
+  def __init__(self, folder: pathlib.Path, module: str):
+    self._folder = folder
+    self._process = subprocess.Popen(
+      [sys.executable, "-W", "ignore", "-c", _FORKS, module],
+      cwd=ROOT,
+      env=os.environ | {"JAX_PLATFORMS": "cpu"} | _cached(folder),
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+
+  def run(self, *arguments: str) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of one command line."""
+    out, err = self._folder / "stdout", self._folder / "stderr"
+    for path in (out, err):
+      path.unlink(missing_ok=True)
+    line = json.dumps([arguments, str(out), str(err)])
+    print(line, file=self._process.stdin, flush=True)
+    status = int(self._process.stdout.readline())
+    # As bytes: a progress bar's carriage return is not an end of line.
+    return status, out.read_bytes().decode(), err.read_bytes().decode()
+
+  def close(self) -> None:
+    self._process.communicate()
+    assert self._process.returncode == 0
+
+
 def metrics(phase: pathlib.Path) -> list[dict]:
   """Lines of metrics.jsonl, without what a clock says."""
   lines = map(json.loads, (phase / "metrics.jsonl").read_text().splitlines())
   clock = ("time", "images_per_second")
   return [{k: v for k, v in x.items() if k not in clock} for x in lines]
+
+
+def mesh(*sizes: int) -> jax.sharding.Mesh:
+  """A mesh data x fsdp x tensor over the first devices; one by default."""
+  sizes = sizes or (1, 1, 1)
+  return jax.make_mesh(
+    sizes,
+    sharding.AXES,
+    axis_types=(AxisType.Auto,) * 3,
+    devices=jax.devices()[: int(np.prod(sizes))],
+  )
+
+
+def model_of(loaded: checkpoint.Loaded) -> VisionLanguageModel:
+  return assemble.make_model(loaded.config, loaded.tokenizer)
+
+
+def phase(
+  config: Config, folder: pathlib.Path, sizes: tuple[int, ...] = ()
+) -> loop.Phase:
+  """What `vocojax.train` makes of a config, on a mesh of these sizes."""
+  source = make_source(config.data, config.data.train_split)
+  words = tokenizer.load_tokenizer(config.data.tokenizer)
+  model = assemble.make_model(config, words)
+  folder.mkdir(parents=True)
+  return loop.Phase(config, folder, model, words, source, mesh(*sizes))
+
+
+@contextlib.contextmanager
+def quick_compile():
+  """Compiling takes far longer than the steps of a tiny model."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  try:
+    yield
+  finally:
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -52,6 +52,10 @@ def tokenizer_for(
 
   Without `config.data.tokenizer`, a word-level tokenizer is made from the
   questions and answers of easy-VQA's training split and saved in the workdir.
+
+  Raises:
+    ConfigError: no tokenizer is named for another source.
+    DataError: its folder cannot be used.
   """
   folder = config.data.tokenizer
   if not folder and config.data.source == "easy_vqa":
@@ -65,6 +69,12 @@ def tokenizer_for(
         for text in turn
       )
       build_word_level(texts).save_pretrained(folder)
+  if not folder:
+    raise ConfigError(
+      "config.data.tokenizer: not set, expected a Hugging Face tokenizer "
+      "folder; the tokenizer files of lmsys/vicuna-7b-v1.5 on the Hugging Face "
+      "hub are what LLaVA uses"
+    )
   return load_tokenizer(folder)
 
 

@@ -1,4 +1,4 @@
-"""Typed, frozen view of the ml_collections config. Read next: configs/common.py.
+"""Typed, frozen view of the config. Read next: configs/common.py.
 
 `configs/common.py` holds every key with its default; the dataclasses here hold
 its type and the values it may take. All errors about a config are raised here,
@@ -128,7 +128,7 @@ class VisionConfig:
 class CompressorConfig:
   """What stands for an image when text is read: see models/compressors.py."""
 
-  name: Literal["voco", "full"]
+  name: Literal["voco", "full", "avgpool"]
   num_voco_tokens: int
   text_sees_bos: bool
 
@@ -171,6 +171,7 @@ class DataConfig:
   max_text_length: int
   max_images: int
   conversations_per_record: int
+  skip_answers: tuple[str, ...]
   batch_size: int
   flip_images: bool
   pad_to_square: bool
@@ -345,6 +346,8 @@ def from_mapping(cls: type, values: Mapping[str, Any], path: str = "config"):
   Raises:
     ConfigError: a key is unknown or missing, or a value has a wrong type.
   """
+  if not isinstance(values, Mapping):
+    raise ConfigError(f"{path}: found {values!r}, expected a group of keys")
   fields = {f.name: f for f in dataclasses.fields(cls)}
   for key in values:
     if key not in fields:
@@ -364,8 +367,6 @@ def from_mapping(cls: type, values: Mapping[str, Any], path: str = "config"):
 def _check(hint, value, path: str):
   """Returns `value` as type `hint`, or raises a ConfigError."""
   if dataclasses.is_dataclass(hint):
-    if not isinstance(value, Mapping):
-      raise ConfigError(f"{path}: found {value!r}, expected a group of keys")
     return from_mapping(hint, value, path)
   if typing.get_origin(hint) is Literal:
     choices = typing.get_args(hint)

@@ -29,6 +29,9 @@ def main() -> None:
   logging.set_verbosity(logging.WARNING)
   plan = phases(_CONFIG.value)
   workdir = assemble.make_workdir(_WORKDIR.value)
+  if plan[-1].training.evaluate:
+    # A mistake in it should not wait until everything is trained.
+    make_source(plan[-1].data, plan[-1].evaluation.split)
   before = ""
   for config in plan:
     if not config.init_from and before:

@@ -10,6 +10,7 @@ from transformers.models.clip import image_processing_pil_clip
 
 from vocojax.data import images
 from vocojax.errors import DataError
+from vocojax.models import clip
 
 SIZES = [
   *[(640, 480), (480, 640), (336, 336), (64, 64), (500, 375), (333, 1000)],
@@ -72,8 +73,9 @@ def test_equals_hugging_face(pad_to_square):
 
 def test_constants_are_clips():
   processor = image_processing_pil_clip.CLIPImageProcessorPil()
-  assert list(images.IMAGE_MEAN) == list(processor.image_mean)
-  assert list(images.IMAGE_STD) == list(processor.image_std)
+  mean, std = np.float32(processor.image_mean), np.float32(processor.image_std)
+  np.testing.assert_array_equal(clip.IMAGE_MEAN, mean)
+  np.testing.assert_array_equal(clip.IMAGE_STD, std)
 
 
 @pytest.mark.parametrize("width, height", [(900, 3), (3, 900), (5000, 30)])

@@ -1,30 +1,16 @@
 """The drawings of the README: right colours in right cells."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.evals.test_report import assert_drawn
 from vocojax.evals import diagrams
-from vocojax.models import masks
-
-
-def toy_mask():
-  streams = np.array([[stream for _, stream in diagrams.TOY_ROLES]])
-  text = jnp.asarray(streams == "text")
-  mask = masks.two_stage_mask(
-    jnp.where(text, 0, 1),
-    jnp.where(text, 1, 0),
-    jnp.ones(text.shape, int),
-    jnp.asarray(streams == "voco"),
-  )
-  return np.array(mask[0])  # a copy, to be written to
 
 
 def test_mask_is_drawn_cell_by_cell(tmp_path):
   path = tmp_path / "mask.png"
-  mask = toy_mask()
+  mask = diagrams.toy_mask()
   diagrams.draw_mask(mask, diagrams.TOY_ROLES, path)
   assert_drawn(path)
   pixels = np.asarray(Image.open(path).convert("RGB"))
@@ -37,7 +23,7 @@ def test_mask_is_drawn_cell_by_cell(tmp_path):
 
 @pytest.mark.parametrize(("row", "column"), [(12, 3), (2, 13), (9, 14)])
 def test_a_leak_is_not_drawn(tmp_path, row, column):
-  mask = toy_mask()
+  mask = diagrams.toy_mask()
   mask[row, column] = True
   with pytest.raises(ValueError, match=r"sees"):
     diagrams.draw_mask(mask, diagrams.TOY_ROLES, tmp_path / "mask.png")

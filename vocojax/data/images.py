@@ -1,7 +1,7 @@
 """Image files to uint8 pixels, as CLIP wants them. Read next: sources.py.
 
 Alphabet: S pixels a side of the square result. Pixels stay uint8 until they
-are on the device, where (pixel / 255 - IMAGE_MEAN) / IMAGE_STD follows.
+are on the device, where models/clip.py normalises them.
 """
 
 import io
@@ -14,12 +14,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vocojax.errors import DataError
 
-# Of openai/clip-vit-large-patch14-336 (preprocessor_config.json): red, green,
-# blue, for pixels from 0 to 1.
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-# Padding colour: the mean, as LLaVA rounds it.
-_PADDING = tuple(int(255 * mean) for mean in IMAGE_MEAN)
+# LLaVA pads with CLIP's mean colour: int(255 * mean) of each channel.
+_PADDING = (122, 116, 104)
 # A 10000x3 image would grow to 376 million pixels before it is cut. Above this
 # many, what is to be cut off is not made; values then differ by 1 in places.
 _MAX_SCALED_PIXELS = 2**24

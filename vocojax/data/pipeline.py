@@ -63,8 +63,9 @@ class Encoder:
   def __call__(self, record: Record, rng: np.random.Generator) -> Arrays:
     """The arrays of one row, without the axis B.
 
-    Samples `conversations_per_record` conversations; those that no longer fit
-    beside the ones before are left out.
+    Samples `conversations_per_record` conversations of those whose last answer
+    is not among `skip_answers`; those that no longer fit beside the ones before
+    are left out. A row may stay without text.
 
     Raises:
       DataError: an image is bad, there are too many images, or a conversation
@@ -115,7 +116,8 @@ class Encoder:
     return row
 
   def _sample(self, record: Record, rng: np.random.Generator):
-    conversations = record.conversations
+    skipped = self._data.skip_answers
+    conversations = [c for c in record.conversations if c[-1][1] not in skipped]
     count = self._data.conversations_per_record
     if not count:
       return conversations

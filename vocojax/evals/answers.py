@@ -198,7 +198,7 @@ def _keep(kept, records, images, weights, model, found) -> None:
   """Keeps the first records, then some with a wrong answer."""
   wrong = {p["record_id"] for p in found if p["answer"] != p["prediction"]}
   before = len(model.stream.before)
-  patches = slice(before, before + model.stream.num_patches)
+  patches = slice(before, before + model.stream.num_image_tokens)
   for i, record in enumerate(records):
     first = len(kept) < KEPT_IMAGES
     if first or (record.id in wrong and len(kept) < KEPT_IMAGES + KEPT_WRONG):

@@ -2,17 +2,21 @@
 
 `draw_mask` draws any two-stage mask it is given; `draw_two_streams` is the
 same idea as blocks: what is computed once an image and what once a question.
+To draw them again: python -m vocojax.evals.diagrams docs/images
 """
 
 import pathlib
+import sys
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 
 from vocojax.evals.plots import new_figure
+from vocojax.models import masks
 
 _Number = int | float
 IMAGE, VOCO, TEXT = "#8fb8de", "#f0a04b", "#93c58b"
@@ -37,6 +41,19 @@ TOY_ROLES = (
 )
 _FUTURE = ("#f1f1f1", "hidden: later token")
 _CUT = ("#ffffff", "hidden: the image, from text")
+
+
+def toy_mask() -> Bool[np.ndarray, "S S"]:
+  """The two-stage mask of `TOY_ROLES`, as the model computes it."""
+  streams = np.array([[stream for _, stream in TOY_ROLES]])
+  is_text = jnp.asarray(streams == "text")
+  mask = masks.two_stage_mask(
+    jnp.where(is_text, 0, 1),
+    jnp.where(is_text, 1, 0),
+    jnp.ones(is_text.shape, int),
+    jnp.asarray(streams == "voco"),
+  )
+  return np.array(mask[0])
 
 
 def draw_mask(
@@ -195,3 +212,9 @@ def _arrow(
       shrinkB=0,
     )
   )
+
+
+if __name__ == "__main__":
+  folder = pathlib.Path(sys.argv[1])
+  draw_mask(toy_mask(), TOY_ROLES, folder / "mask.png")
+  draw_two_streams(folder / "two_streams.png")

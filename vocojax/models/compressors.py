@@ -2,22 +2,29 @@
 
 N images, A image-stream length, D width. Read next: `vlm.py`.
 
-| name   | image stream                                | visible to text  |
-|--------|---------------------------------------------|------------------|
-| `voco` | prefix, patches, suffix, k VoCo tokens      | the VoCo tokens  |
-| `full` | prefix, patches                             | all of it        |
+| name      | image stream                                | visible to text  |
+|-----------|---------------------------------------------|------------------|
+| `voco`    | prefix, patches, suffix, k VoCo tokens      | the VoCo tokens  |
+| `full`    | prefix, patches                             | all of it        |
+| `avgpool` | prefix, k pooled tokens                  | all of it        |
 
 Every VoCo token is the same row of the embedding table; only its position
 tells the first from the second, so k may change without new parameters.
+`avgpool` averages the patches of k regions of the image and maps each by one
+linear layer, as LLaMA-VID (arXiv 2311.17043) does.
 """
 
 import dataclasses
+import math
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from vocojax.config import ModelConfig
+from vocojax.errors import ConfigError
+from vocojax.models import layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +42,13 @@ class ImageStream:
 
   before: tuple[int, ...]  # ids before the patches
   after: tuple[int, ...]  # ids after them
-  num_patches: int
+  num_image_tokens: int
   visible: tuple[int, ...]  # indices that text may see, ascending
   stride: int  # positions that one image leaves in the text's past
 
   @property
   def length(self) -> int:
-    return len(self.before) + self.num_patches + len(self.after)
+    return len(self.before) + self.num_image_tokens + len(self.after)
 
   @property
   def visible_mask(self) -> np.ndarray:
@@ -49,16 +56,16 @@ class ImageStream:
     return np.isin(np.arange(self.length), self.visible)
 
   def embed(
-    self, patches: Float[Array, "N patches D"], embed_tokens
+    self, image_tokens: Float[Array, "N I D"], embed_tokens
   ) -> Float[Array, "N A D"]:
-    """Puts the token embeddings around projected patches."""
+    """Puts the token embeddings around what stands for the patches."""
 
     def tokens(ids):
       x = embed_tokens(jnp.asarray(ids, jnp.int32))
-      return jnp.broadcast_to(x, (patches.shape[0], *x.shape))
+      return jnp.broadcast_to(x, (image_tokens.shape[0], *x.shape))
 
     return jnp.concatenate(
-      [tokens(self.before), patches, tokens(self.after)], axis=1
+      [tokens(self.before), image_tokens, tokens(self.after)], axis=1
     )
 
 
@@ -71,9 +78,55 @@ def image_stream(config: ModelConfig, tokens: StreamTokens) -> ImageStream:
     length = len(before) + patches
     return ImageStream(before, (), patches, tuple(range(length)), length)
   k = compressor.num_voco_tokens
+  if compressor.name == "avgpool":
+    pool_grid(config)
+    length = len(before) + k
+    return ImageStream(before, (), k, tuple(range(length)), length)
   after = tokens.suffix_ids + (tokens.voco_token_id,) * k
   first = len(before) + patches + len(tokens.suffix_ids)
   visible = tuple(range(first, first + k))
   if compressor.text_sees_bos:
     visible = (0, *visible)
   return ImageStream(before, after, patches, visible, k)
+
+
+def pool_grid(config: ModelConfig) -> tuple[int, int]:
+  """Rows and columns of the k regions of `avgpool`, as square as k allows.
+
+  Raises:
+    ConfigError: the image's patches cannot be cut that way.
+  """
+  k = config.compressor.num_voco_tokens
+  side = config.vision.image_size // config.vision.patch_size
+  rows = max(r for r in range(1, math.isqrt(k) + 1) if k % r == 0)
+  if side % rows or side % (k // rows):
+    raise ConfigError(
+      f"config.model.compressor.num_voco_tokens: {k} regions of {rows} x "
+      f"{k // rows} do not divide {side} x {side} patches; avgpool needs such "
+      "a number"
+    )
+  return rows, k // rows
+
+
+class AveragePool(nn.Module):
+  """Mean over each region of the image, then one linear layer."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self, patches: Float[Array, "N patches D"]
+  ) -> Float[Array, "N K D"]:
+    c = self.config
+    rows, columns = pool_grid(c)
+    side = c.vision.image_size // c.vision.patch_size
+    x = patches.reshape(
+      -1, rows, side // rows, columns, side // columns, patches.shape[-1]
+    )
+    x = x.mean((2, 4)).reshape(len(x), rows * columns, -1)
+    return layers.Dense(
+      c.llm.hidden_size,
+      dtype=c.dtype,
+      param_dtype=c.param_dtype,
+      name="linear",
+    )(x)

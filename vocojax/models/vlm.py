@@ -21,7 +21,12 @@ from vocojax.config import ModelConfig
 from vocojax.models import attention, layers, masks
 from vocojax.models.cache import TextCache, VocoCache
 from vocojax.models.clip import ClipVision
-from vocojax.models.compressors import ImageStream, StreamTokens, image_stream
+from vocojax.models.compressors import (
+  AveragePool,
+  ImageStream,
+  StreamTokens,
+  image_stream,
+)
 from vocojax.models.llama import Llama
 from vocojax.models.projector import Projector
 
@@ -30,7 +35,8 @@ from vocojax.models.projector import Projector
 class VisionLanguageModel:
   """Shape and layout; parameters are passed to every method.
 
-  Parameters: `vision`, `projector`, `llm`, each as its module describes them.
+  Parameters: `vision`, `projector`, `llm`, each as its module describes them,
+  and `compressor` where it has some.
   """
 
   config: ModelConfig
@@ -53,11 +59,16 @@ class VisionLanguageModel:
     vision_key, projector_key, llm_key = jax.random.split(key, 3)
     features = jnp.zeros((1, self.config.vision.hidden_size))
     projector = Projector(self.config).init(projector_key, features)
-    return {
+    params = {
       "vision": self.vision.init(vision_key),
       "projector": projector["params"],
       "llm": self.llm.init(llm_key),
     }
+    if self.config.compressor.name == "avgpool":
+      grid = (1, self.config.vision.num_patches, self.config.llm.hidden_size)
+      pool = AveragePool(self.config).init(projector_key, jnp.zeros(grid))
+      params["compressor"] = pool["params"]
+    return params
 
   def embed_images(
     self, params, images: UInt8[Array, "N S S 3"]
@@ -67,6 +78,10 @@ class VisionLanguageModel:
     patches = Projector(self.config).apply(
       {"params": params["projector"]}, features
     )
+    if self.config.compressor.name == "avgpool":
+      patches = AveragePool(self.config).apply(
+        {"params": params["compressor"]}, patches
+      )
     return self.stream.embed(
       patches, lambda ids: self.llm.embed(params["llm"], ids)
     )

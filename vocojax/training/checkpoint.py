@@ -6,6 +6,7 @@ are summed but not logged yet). Orbax writes them in the background and renames
 the folder when it is complete, so a half-written one is never picked up.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -76,7 +77,8 @@ class Checkpointer:
         data=grain.checkpoint.CheckpointSave(iterator),
         config=ocp.args.JsonSave(json.loads(self._config.to_json())),
         tokenizer=ocp.args.JsonSave(self._tokenizer),
-        progress=ocp.args.JsonSave(progress),
+        # A copy: it is written later, while the original counts on.
+        progress=ocp.args.JsonSave(dict(progress)),
       ),
     )
 
@@ -181,19 +183,25 @@ def load(path: str) -> Loaded:
   """
   folder, step = find(path)
   where = folder / str(step)
-  try:
+  with _readable(where):
     saved = {item: _read_json(where, item) for item in ("config", "tokenizer")}
-  except (OSError, ValueError) as e:
-    raise CheckpointError(
-      f"{where}: cannot be read ({' '.join(str(e).split())[:200]}); use "
-      "another step"
-    ) from e
   with tempfile.TemporaryDirectory() as temporary:
     for name, content in saved["tokenizer"].items():
       (pathlib.Path(temporary) / name).write_text(json.dumps(content))
     tokenizer = load_tokenizer(temporary)
   config = Config.from_json(json.dumps(saved["config"]), str(where))
   return Loaded(where, step, config, tokenizer)
+
+
+@contextlib.contextmanager
+def _readable(where: pathlib.Path):
+  try:
+    yield
+  except (OSError, ValueError) as e:
+    raise CheckpointError(
+      f"{where}: cannot be read ({' '.join(str(e).split())[:200]}); use "
+      "another step"
+    ) from e
 
 
 def load_params(
@@ -210,14 +218,15 @@ def load_params(
     The parameters found, and the paths of those that the checkpoint lacks.
 
   Raises:
-    CheckpointError: a parameter has another shape.
+    CheckpointError: a parameter has another shape or cannot be read.
   """
   folder, step = find(path)
   where = folder / str(step)
   wanted = state.flatten(abstract)
-  with ocp.StandardCheckpointer() as reader:
-    metadata = reader.metadata(where / "params")
-    saved = state.flatten(metadata.item_metadata.tree)
+  handler = ocp.StandardCheckpointHandler()
+  with ocp.Checkpointer(handler) as reader, _readable(where):
+    # Not from `reader`, which warns that a part is not a whole checkpoint.
+    saved = state.flatten(handler.metadata(where / "params").tree)
     for name in wanted.keys() & saved.keys():
       if tuple(saved[name].shape) != wanted[name].shape:
         raise CheckpointError(
@@ -231,7 +240,9 @@ def load_params(
       name: wanted.get(name, jax.ShapeDtypeStruct(x.shape, x.dtype))
       for name, x in saved.items()
     }
-    restored = reader.restore(where / "params", state.unflatten(target))
+    restored = reader.restore(
+      where / "params", args=ocp.args.StandardRestore(state.unflatten(target))
+    )
   found = {
     name: x for name, x in state.flatten(restored).items() if name in wanted
   }

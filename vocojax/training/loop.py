@@ -1,5 +1,6 @@
 """Runs one phase: restore, train, log, save. Read next: `checkpoint.py`."""
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 from vocojax.config import Config
 from vocojax.data import pipeline
 from vocojax.data.sources import Source
-from vocojax.errors import UserError
+from vocojax.errors import ConfigError, UserError
 from vocojax.models.vlm import VisionLanguageModel
 from vocojax.training import checkpoint, metrics, sharding, state, step
 from vocojax.training.optimizer import make_optimizer, schedule
@@ -25,7 +26,7 @@ from vocojax.training.state import TrainState
 
 
 class NotFiniteError(UserError):
-  """The loss or its gradient became NaN or infinite."""
+  """Loss, gradient or parameters became NaN or infinite."""
 
 
 class Stopped(Exception):
@@ -80,9 +81,18 @@ def abstract_params(model: VisionLanguageModel, mesh: Mesh) -> state.Params:
 
 
 def init_params(
-  model: VisionLanguageModel, mesh: Mesh, seed: int, init_from: str
+  model: VisionLanguageModel,
+  mesh: Mesh,
+  seed: int,
+  init_from: str,
+  freeze: tuple[str, ...] = (),
 ) -> state.Params:
-  """Parameters of a checkpoint, and random ones where it has none."""
+  """Parameters of a checkpoint, and random ones where it has none.
+
+  Raises:
+    ConfigError: random ones would match `freeze`, and so stay random.
+    CheckpointError: a parameter has another shape.
+  """
   abstract = abstract_params(model, mesh)
   loaded, missing = {}, None
   if init_from:
@@ -92,7 +102,14 @@ def init_params(
     )
   if missing == []:
     return loaded
-  names = state.flatten(abstract) if missing is None else missing
+  names = list(state.flatten(abstract)) if missing is None else missing
+  untrained = [n for n in names if state.matches(n, freeze)]
+  if untrained:
+    raise ConfigError(
+      f"config.init_from: found {init_from!r}, which lacks {untrained[0]} and "
+      f"{len(untrained) - 1} more parameters that config.optimizer.freeze keeps "
+      "from learning; name a checkpoint that has them, or freeze less"
+    )
 
   def fresh(key):
     flat = state.flatten(model.init(key))
@@ -118,7 +135,7 @@ def _run(phase: Phase) -> state.Params:
     abstract = _abstract_state(phase, optimizer)
     if checkpoints.latest is None:
       params = init_params(
-        phase.model, mesh, config.seed, config.init_from
+        phase.model, mesh, config.seed, config.init_from, freeze
       )
       train_state = jax.jit(
         lambda p: step.init_state(p, optimizer, freeze),
@@ -211,25 +228,26 @@ def _loop(phase, train_step, train_state, iterator, checkpoints, sums):
     mininterval=1 if sys.stderr.isatty() else 20,
     dynamic_ncols=True,
   )
-  bad_records = 0
   started = time.perf_counter()
   since_log = first
 
-  def settle(number: int, values) -> None:
+  def settle(number: int, values, bad_records: int) -> None:
     """Takes the metrics of a finished step."""
     nonlocal started, since_log
     values = {k: float(v) for k, v in values.items()}
-    if not all(math.isfinite(values[k]) for k in ("loss", "grad_norm")):
+    checked = ("loss", "grad_norm", "param_norm")
+    if not all(math.isfinite(values[k]) for k in checked):
       checkpoints.wait()
       good = checkpoints.latest
       where = f"the last good checkpoint is {checkpoints.path(good)}"
       raise NotFiniteError(
-        f"{config.name}: at step {number} the loss is {values['loss']} and "
-        f"the gradient norm {values['grad_norm']}; "
+        f"{config.name}: at step {number} the loss is {values['loss']}, the "
+        f"gradient norm {values['grad_norm']} and the norm of the parameters "
+        f"{values['param_norm']}; "
         f"{'no checkpoint was written yet' if good is None else where}; try a "
         "lower config.optimizer.learning_rate"
       )
-    sums.add(values)
+    sums.add(values, bad_records)
     if number % training.log_every and number != phase.steps:
       return
     seconds = time.perf_counter() - started
@@ -239,7 +257,7 @@ def _loop(phase, train_step, train_state, iterator, checkpoints, sums):
       "images_per_second": (number - since_log)
       * config.data.batch_size
       / seconds,
-      "bad_records": bad_records,
+      "bad_records": sums.values["bad_records"],
     }
     writer.write(number, line)
     bar.set_postfix_str(
@@ -250,12 +268,12 @@ def _loop(phase, train_step, train_state, iterator, checkpoints, sums):
     sums.reset()
     started, since_log = time.perf_counter(), number
 
-  with _Sigterm() as sigterm:
+  number = first
+  with _Sigterm() as sigterm, bar, contextlib.closing(writer):
     pending = None
     for number in range(first + 1, phase.steps + 1):
       batch = next(iterator)
       for message in batch.bad_records:
-        bad_records += 1
         logging.warning("skipped a bad record: %s", message)
       arrays = {
         k: jax.make_array_from_process_local_data(
@@ -266,26 +284,24 @@ def _loop(phase, train_step, train_state, iterator, checkpoints, sums):
       train_state, values = train_step(train_state, arrays)
       if pending:
         settle(*pending)
-      pending = (number, values)
+      pending = (number, values, len(batch.bad_records))
       last = number == phase.steps
-      if last or sigterm.arrived or number % training.checkpoint_every == 0:
+      stop = sigterm.arrived  # read once: it may come at any moment
+      if last or stop or number % training.checkpoint_every == 0:
         # Settle first: parameters after a step that is not finite are never
         # written.
         settle(*pending)
         pending = None
         checkpoints.save(train_state, iterator, sums.values)
       bar.update()
-      if sigterm.arrived and not last:
-        checkpoints.wait()
-        bar.close()
-        writer.close()
-        raise Stopped(
-          f"{config.name}: stopped by SIGTERM after step {number}, saved as "
-          f"{checkpoints.path(number)}; the same command goes on from there"
-        )
+      if stop:
+        break
     checkpoints.wait()
-  bar.close()
-  writer.close()
+    if sigterm.arrived:
+      raise Stopped(
+        f"{config.name}: stopped by SIGTERM after step {number}, saved as "
+        f"{checkpoints.path(number)}; the same command goes on from there"
+      )
   return train_state.params
 
 

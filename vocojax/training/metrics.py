@@ -9,24 +9,28 @@ import tensorboardX
 
 
 class Sums:
-  """Sums since the last line; saved in checkpoints, so a resumed run logs the
-  same numbers as one that was never stopped.
+  """Sums since the last line, and the bad records since the first step.
+
+  Saved in checkpoints, so a resumed run logs the same numbers as one that was
+  never stopped.
   """
 
   _KEYS = ("loss", "tokens", "correct_tokens", "answers", "correct_answers")
 
   def __init__(self, values: dict[str, float] | None = None):
-    self.values = dict(values or dict.fromkeys(self._KEYS, 0.0))
+    self.values = dict.fromkeys(self._KEYS, 0.0) | {"bad_records": 0}
+    self.values |= values or {}
 
   def reset(self) -> None:
-    """Back to zero, after a line."""
-    self.values = dict.fromkeys(self._KEYS, 0.0)
+    """Back to zero, after a line; bad records count on."""
+    self.values |= dict.fromkeys(self._KEYS, 0.0)
 
-  def add(self, metrics: dict[str, float]) -> None:
+  def add(self, metrics: dict[str, float], bad_records: int) -> None:
     """Adds the metrics of one step; `loss` there is a mean over tokens."""
     sums = metrics | {"loss": metrics["loss"] * metrics["tokens"]}
     for key in self._KEYS:
       self.values[key] += sums[key]
+    self.values["bad_records"] += bad_records
 
   def means(self) -> dict[str, float]:
     """Loss per token, and the share of right tokens and right answers."""

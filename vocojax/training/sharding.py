@@ -47,6 +47,8 @@ RULES = (
   (r"^projector/linear_1/bias", ("tensor",)),
   (r"^projector/linear_2/kernel", ("tensor", "fsdp")),
   (r"^projector/linear_2/bias", (None,)),
+  (r"^compressor/linear/kernel", ("fsdp", "tensor")),
+  (r"^compressor/linear/bias", ("tensor",)),
 )
 
 

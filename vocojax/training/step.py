@@ -33,8 +33,9 @@ def make_train_step(
 
   The batch is cut into `accumulate` micro-batches, one after the other. The
   loss is the mean over all trained tokens of the whole batch, whatever the
-  micro-batches hold. Metrics are float32 scalars: `loss`, `grad_norm`, and the
-  sums of `losses.answer_loss`.
+  micro-batches hold. Metrics are float32 scalars: `loss`, `grad_norm`,
+  `param_norm` (of what is trained, after the step), and the sums of
+  `losses.answer_loss`.
   """
 
   def loss_sum(trained, frozen, batch):
@@ -70,7 +71,8 @@ def make_train_step(
     trained = optax.apply_updates(trained, updates)
     metrics = sums | {
       "loss": total / count,
-      "grad_norm": optax.global_norm(grads),
+      "grad_norm": optax.tree.norm(grads),
+      "param_norm": optax.tree.norm(trained),
     }
     return (
       TrainState(

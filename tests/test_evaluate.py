@@ -1,0 +1,179 @@
+"""Evaluation after training, by its own program, and done slowly by hand."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import runs
+from tests.models import builders
+from vocojax import evaluate
+from vocojax.data import pipeline
+from vocojax.data.sources import make_source
+from vocojax.models.vlm import VisionLanguageModel
+from vocojax.training import checkpoint, loop
+
+TAIL = """\
+  c.training.update(steps=60, evaluate=True)
+  c.evaluation.update(split="train[:20]", bounds=True)
+"""
+NAMES = {"voco": ("voco", "voco"), "full": ("full", "full")}
+NAMES |= {"lower": ("full", "voco")}  # phase, compressor
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A finished run of two phases in `run`; its tokenizer is gone."""
+  folder = tmp_path_factory.mktemp("evaluate")
+  runs.write_data(folder)
+  runs.write_config(folder, "two.py", TAIL + runs.TWO_PHASES)
+  process = runs.start_cached(
+    folder,
+    "vocojax.train",
+    f"--config={folder / 'two.py'}",
+    f"--workdir={folder / 'run'}",
+  )
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == 0, err
+  lines = out.splitlines()
+  assert [x.split(":")[0] for x in lines] == [
+    "VoCo",
+    "upper bound, all patches",
+    "lower bound, the same under the VoCo mask",
+    "report",
+  ]
+  assert "of 20 answers right, 16 patches as 1 token," in lines[0]
+  assert lines[-1] == f"report: {folder}/run/report.md"
+  # A checkpoint has its own copy.
+  shutil.rmtree(folder / "tokenizer")
+  return folder
+
+
+def results(workdir):
+  """Every result and every answer, without what a clock or a path says."""
+  found = {}
+  for path in (workdir / "evaluation").glob("*.json"):
+    result = json.loads(path.read_text())
+    for key in ("seconds", "provenance", "checkpoint"):
+      del result[key]
+    answers = path.with_suffix(".predictions.jsonl").read_text()
+    found[path.stem] = result, [json.loads(x) for x in answers.splitlines()]
+  return found
+
+
+def test_run_leaves_results(folder):
+  found = results(folder / "run")
+  assert set(found) == set(NAMES)
+  for name, (result, answers) in found.items():
+    assert result["phase"] == NAMES[name][0] and result["step"] == 60
+    assert result["total"] == len(answers) == 20
+    right = sum(x["answer"] == x["prediction"] for x in answers)
+    assert result["correct"] == right
+    assert result["accuracy"] == right / 20
+  # It learned, or the comparisons below would be about noise.
+  assert found["full"][0]["correct"] >= 10
+  answers = {x["prediction"] for x in found["voco"][1]}
+  assert len(answers) >= 3 and any(" " in x for x in answers)
+  report = (folder / "run" / "report.md").read_text()
+  for name, (result, _) in found.items():
+    assert re.search(
+      rf"\| {name}: .* \| {result['accuracy']:.2%} ".replace("%", " %"), report
+    )
+
+
+@pytest.mark.parametrize("name", ["voco", "lower"])
+def test_program_gives_what_training_gave(folder, tmp_path, name):
+  phase, compressor = NAMES[name]
+  shutil.copytree(folder / "run", tmp_path / "copy")
+  expected = results(folder / "run")[name]
+  for path in (tmp_path / "copy" / "evaluation").glob(f"{name}.*"):
+    path.unlink()
+  arguments = [] if phase == compressor else [f"--compressor={compressor}"]
+  process = runs.start_cached(
+    folder,
+    "vocojax.evaluate",
+    f"--checkpoint={tmp_path}/copy/{phase}",
+    *arguments,
+  )
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == 0, err
+  assert f"report: {tmp_path}/copy/report.md" in out
+  found = results(tmp_path / "copy")[name]
+  assert found == expected
+
+
+def test_sharded_weights_answer_the_same(folder, tmp_path):
+  """In this process there are eight devices, and the mesh takes all."""
+  loaded = checkpoint.load(str(folder / "run" / "voco"))
+  evaluate.evaluate(loaded, tmp_path, "voco", "a test")
+  assert results(tmp_path)["voco"] == results(folder / "run")["voco"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_answers_by_hand(folder, name):
+  """Without a cache: the whole sequence again for each token, by the mask."""
+  phase, compressor = NAMES[name]
+  loaded = checkpoint.load(str(folder / "run" / phase))
+  config, words = loaded.config, loaded.tokenizer
+  model = joint_model(loaded, compressor)
+  params, missing = checkpoint.load_params(
+    str(loaded.path), loop.abstract_params(model, runs.mesh()), model.config
+  )
+  assert not missing
+  source = make_source(config.data, "train[:20]")
+  asked = [
+    (source[i], words(source[i].conversations[0][0][0])["input_ids"])
+    for i in range(20)
+  ]
+  tokens = [ids for _, ids in asked]
+  length = max(map(len, tokens)) + 4
+  images = [
+    pipeline.load_images(record, 64, config.data) for record, _ in asked
+  ]
+  forward = jax.jit(model.text_logits, compiler_options=builders.QUICK_COMPILE)
+  eos = words.eos_token_id
+  prompts = list(map(len, tokens))
+  for _ in range(4):
+    ids = np.zeros((20, length), np.int32)
+    real = np.zeros((20, length), np.int32)
+    for row, row_tokens in enumerate(tokens):
+      ids[row, : len(row_tokens)] = row_tokens
+      real[row, : len(row_tokens)] = 1
+    logits = forward(
+      params,
+      {
+        "images": jnp.asarray(np.stack(images)),
+        "image_group_ids": jnp.ones((20, 1), jnp.int32),
+        "input_ids": jnp.asarray(ids),
+        "segment_ids": jnp.asarray(real),
+        "text_group_ids": jnp.asarray(real),
+      },
+    )
+    tokens = [
+      row_tokens
+      if eos in row_tokens
+      else [*row_tokens, int(np.argmax(logits[row, len(row_tokens) - 1]))]
+      for row, row_tokens in enumerate(tokens)
+    ]
+  answers = [
+    words.decode([t for t in row_tokens[n:] if t != eos]).strip()
+    for row_tokens, n in zip(tokens, prompts, strict=True)
+  ]
+  _, expected = results(folder / "run")[name]
+  assert answers == [x["prediction"] for x in expected]
+
+
+def joint_model(loaded, compressor):
+  """The model of a checkpoint as one joint pass under the two-stage mask."""
+  model = runs.model_of(loaded)
+  config = dataclasses.replace(
+    model.config,
+    attention="bias",
+    compressor=dataclasses.replace(model.config.compressor, name=compressor),
+  )
+  return VisionLanguageModel(config, model.tokens)

@@ -1,0 +1,335 @@
+"""What a checkpoint holds, who may read it, and what is not one."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests import runs
+from tests.models import builders
+from vocojax.config import load_module, phases
+from vocojax.data import pipeline
+from vocojax.errors import CheckpointError, ConfigError
+from vocojax.training import checkpoint, loop, metrics, sharding, state, step
+
+STEP = 3
+PROGRESS = {"loss": 0.1 + 0.2, "tokens": 7.0, "bad_records": 2}
+OPTIMIZER = optax.adam(0.1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("checkpoint")
+  runs.write_data(folder)
+  runs.write_config(folder, "one.py", runs.ONE_PHASE)
+  return folder
+
+
+def config_of(folder, **model):
+  (config,) = phases(load_module(str(folder / "one.py")))
+  return dataclasses.replace(
+    config, model=dataclasses.replace(config.model, **model)
+  )
+
+
+def tied(config):
+  llm = dataclasses.replace(config.model.llm, tie_word_embeddings=True)
+  return dataclasses.replace(
+    config, model=dataclasses.replace(config.model, llm=llm)
+  )
+
+
+def batches(phase):
+  config = phase.config
+  encoder = pipeline.Encoder(
+    phase.tokenizer, config.prompt, config.data, config.model.vision.image_size
+  )
+  return iter(
+    pipeline.train_dataset(
+      phase.source, encoder, config.data, config.seed, 0, 1, 4
+    )
+  )
+
+
+def random_state(model, at=STEP):
+  params = jax.tree.map(jnp.asarray, builders.init(model, at))
+  shapes = jax.eval_shape(lambda p: step.init_state(p, OPTIMIZER, ()), params)
+  moments = jax.tree.map(
+    lambda s: jnp.asarray(np.full(s.shape, at, s.dtype)), shapes.opt_state
+  )
+  return state.TrainState(jnp.int32(at), params, moments)
+
+
+def save(config, folder, steps=(STEP,), iterator=None):
+  """A phase folder with a checkpoint of random weights."""
+  phase = runs.phase(config, folder)
+  checkpoints = checkpoint.Checkpointer(folder, config, phase.tokenizer)
+  iterator = iterator or batches(phase)
+  for at in steps:
+    checkpoints.save(random_state(phase.model, at), iterator, dict(PROGRESS))
+  checkpoints.close()
+  iterator.close()
+  return phase
+
+
+@pytest.fixture(scope="module")
+def saved(folder):
+  """The phase, and the batch that comes after the checkpoint."""
+  config = config_of(folder)
+  phase = runs.phase(config, folder / "run")
+  iterator = batches(phase)
+  for _ in range(STEP):
+    next(iterator)
+  checkpoints = checkpoint.Checkpointer(phase.folder, config, phase.tokenizer)
+  checkpoints.save(random_state(phase.model), iterator, dict(PROGRESS))
+  following = next(iterator)
+  # The same step again: what is there stays.
+  other = random_state(phase.model, 5)
+  other = dataclasses.replace(other, step=jnp.int32(STEP))
+  checkpoints.save(other, iterator, {})
+  checkpoints.close()
+  iterator.close()
+  return phase, following
+
+
+def abstract(phase, sizes=()):
+  mesh = runs.mesh(*sizes)
+  params = loop.abstract_params(phase.model, mesh)
+  shapes = jax.eval_shape(lambda p: step.init_state(p, OPTIMIZER, ()), params)
+  to = state.TrainState(
+    sharding.replicated(mesh),
+    sharding.param_shardings(params, mesh),
+    sharding.opt_state_shardings(shapes.opt_state, params, mesh),
+  )
+  return jax.tree.map(
+    lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to),
+    shapes,
+    to,
+  )
+
+
+def assert_equal_trees(found, expected):
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  for x, y in zip(
+    jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+  ):
+    assert x.dtype == y.dtype
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_restore_gives_everything_back(saved, sizes):
+  phase, following = saved
+  checkpoints = checkpoint.Checkpointer(
+    phase.folder, phase.config, phase.tokenizer
+  )
+  assert checkpoints.latest == STEP
+  iterator = batches(phase)
+  wanted = abstract(phase, sizes)
+  found, progress = checkpoints.restore(STEP, wanted, iterator)
+  checkpoints.close()
+  assert_equal_trees(found, random_state(phase.model))
+  for x, want in zip(
+    jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True
+  ):
+    assert x.sharding == want.sharding
+  assert progress == PROGRESS
+  batch = next(iterator)
+  iterator.close()
+  for key, x in batch.arrays.items():
+    np.testing.assert_array_equal(x, following.arrays[key], key)
+
+
+def test_progress_is_that_of_the_moment_of_saving(folder):
+  """Writing goes on in the background, and so does training."""
+  config = config_of(folder)
+  phase = runs.phase(config, folder / "race")
+  checkpoints = checkpoint.Checkpointer(phase.folder, config, phase.tokenizer)
+  sums, iterator = metrics.Sums(), batches(phase)
+  before = dict(sums.values)
+  checkpoints.save(random_state(phase.model), iterator, sums.values)
+  one = dict.fromkeys(before, 1.0)
+  sums.add(one, bad_records=1)
+  checkpoints.wait()
+  assert sums.values != before
+  path = checkpoints.path(STEP) / "progress" / "metadata"
+  assert json.loads(path.read_text()) == before
+  checkpoints.close()
+  iterator.close()
+
+
+def test_keeps_the_newest(folder):
+  config = config_of(folder)
+  save(config, folder / "many", steps=(2, 4, 6, 8))
+  assert config.training.keep_checkpoints == 2
+  assert checkpoint.find(str(folder / "many"))[1] == 8
+  names = {p.name for p in (folder / "many/checkpoints").iterdir()}
+  assert names == {"6", "8"}
+
+
+def test_another_model_is_refused(saved, folder):
+  phase, _ = saved
+  rope = dataclasses.replace(phase.config.model.llm.rope, theta=5000.0)
+  llm = dataclasses.replace(phase.config.model.llm, rope=rope)
+  config = config_of(folder, llm=llm)
+  checkpoints = checkpoint.Checkpointer(phase.folder, config, phase.tokenizer)
+  with pytest.raises(CheckpointError) as e:
+    checkpoints.restore(STEP, abstract(phase), batches(phase))
+  checkpoints.close()
+  assert str(e.value) == (
+    f"{phase.folder}/checkpoints/3: was written with "
+    "config.model.llm.rope.theta=10000.0, this run has 5000.0; use another "
+    "--workdir, or config.init_from to start from its weights"
+  )
+
+
+def test_find(saved, folder, monkeypatch):
+  phase, _ = saved
+  where = phase.folder / "checkpoints"
+  for path in (phase.folder, where, where / "3", f"{where}/3/"):
+    assert checkpoint.find(str(path)) == (where, STEP)
+  monkeypatch.setenv("HOME", str(folder))
+  assert checkpoint.find("~/run") == (where, STEP)
+  (folder / "empty/checkpoints").mkdir(parents=True)
+  ending = "a run writes one every config.training.checkpoint_every steps"
+  for path, message in (
+    (
+      folder,
+      f"{folder}: no folder 'checkpoints' in it; it has the phases ",
+    ),
+    (
+      folder / "nowhere",
+      f"{folder}/nowhere: no folder 'checkpoints' in it; name the phase folder "
+      "of a workdir",
+    ),
+    (
+      folder / "empty",
+      f"{folder}/empty: no complete checkpoint, found none; {ending}",
+    ),
+  ):
+    with pytest.raises(CheckpointError, match="^" + re.escape(message)):
+      checkpoint.find(str(path))
+
+
+def test_half_written_checkpoint_is_ignored(saved, tmp_path):
+  """What a killed process leaves: Orbax renames the folder at the end."""
+  phase, _ = saved
+  shutil.copytree(phase.folder, tmp_path / "run")
+  where = tmp_path / "run" / "checkpoints"
+  shutil.copytree(where / "3", where / "9.orbax-checkpoint-tmp")
+  assert checkpoint.find(str(tmp_path / "run")) == (where, STEP)
+  assert checkpoint.load(str(tmp_path / "run")).step == STEP
+  checkpoints = checkpoint.Checkpointer(
+    tmp_path / "run", phase.config, phase.tokenizer
+  )
+  assert checkpoints.latest == STEP
+  checkpoints.close()
+
+
+def test_holds_config_and_tokenizer(saved, tmp_path):
+  """A checkpoint can be used alone, elsewhere, without the data set."""
+  phase, _ = saved
+  shutil.copytree(
+    phase.folder / "checkpoints" / "3", tmp_path / "checkpoints/3"
+  )
+  loaded = checkpoint.load(str(tmp_path))
+  assert (loaded.step, loaded.config) == (STEP, phase.config)
+  text = "what color is this ? <voco> nothing"
+  assert loaded.tokenizer(text) == phase.tokenizer(text)
+  assert loaded.tokenizer.get_vocab() == phase.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize(
+  "part", ["config", "tokenizer/metadata", "params", "params/_METADATA"]
+)
+def test_damaged_checkpoint(saved, tmp_path, part):
+  phase, _ = saved
+  shutil.copytree(phase.folder, tmp_path / "run")
+  where = tmp_path / "run/checkpoints/3"
+  broken = where / part
+  if broken.is_dir():
+    shutil.rmtree(broken)
+  else:
+    broken.write_text('{"a": ')
+  with pytest.raises(CheckpointError) as e:
+    checkpoint.load(str(tmp_path / "run"))
+    model = loop.abstract_params(phase.model, runs.mesh())
+    checkpoint.load_params(str(tmp_path / "run"), model, phase.config.model)
+  assert str(e.value).startswith(f"{where}: cannot be read (")
+  assert str(e.value).endswith("); use another step")
+
+
+def fresh_params(model, init_from="", freeze=()):
+  with runs.quick_compile():
+    return loop.init_params(model, runs.mesh(), 0, init_from, freeze)
+
+
+def test_init_from_the_same_model(saved):
+  phase, _ = saved
+  found = fresh_params(phase.model, str(phase.folder))
+  assert_equal_trees(found, random_state(phase.model).params)
+  # What a second phase with another compressor does.
+  full = dataclasses.replace(phase.config.model.compressor, name="full")
+  model = dataclasses.replace(
+    phase.model,
+    config=dataclasses.replace(phase.config.model, compressor=full),
+  )
+  assert_equal_trees(fresh_params(model, str(phase.folder)), found)
+
+
+def test_init_from_initialises_only_what_is_missing(folder, saved):
+  """From tied embeddings to a head of its own."""
+  save(tied(config_of(folder)), folder / "tied")
+  model = saved[0].model
+  found = state.flatten(fresh_params(model, str(folder / "tied")))
+  new = "llm/lm_head/kernel"
+  tied_model = runs.model_of(checkpoint.load(str(folder / "tied")))
+  written = state.flatten(random_state(tied_model).params)
+  assert found.keys() == written.keys() | {new}
+  for path, x in written.items():
+    np.testing.assert_array_equal(found[path], x, path)
+  random = state.flatten(fresh_params(model))
+  np.testing.assert_array_equal(found[new], random[new])
+  assert np.std(found[new]) > 0
+
+
+def test_init_from_drops_what_is_not_wanted(saved):
+  """From a head of its own to tied embeddings."""
+  phase, _ = saved
+  model = dataclasses.replace(phase.model, config=tied(phase.config).model)
+  found = state.flatten(fresh_params(model, str(phase.folder)))
+  written = state.flatten(random_state(phase.model).params)
+  assert found.keys() == written.keys() - {"llm/lm_head/kernel"}
+  for path, x in found.items():
+    np.testing.assert_array_equal(x, written[path], path)
+
+
+def test_init_from_another_shape(saved):
+  phase, _ = saved
+  llm = dataclasses.replace(phase.config.model.llm, intermediate_size=40)
+  model = dataclasses.replace(
+    phase.model, config=dataclasses.replace(phase.config.model, llm=llm)
+  )
+  with pytest.raises(CheckpointError) as e:
+    fresh_params(model, str(phase.folder))
+  assert re.fullmatch(
+    re.escape(f"{phase.folder}/checkpoints/3: ")
+    + r"llm/layers/mlp/(up|gate|down)_proj/kernel has shape \(2, [\d, ]+\), "
+    r"the model of this run \(2 layers, width 16\) needs \(2, [\d, ]+\); use a "
+    "checkpoint of the same shape or change config.model",
+    str(e.value),
+  )
+
+
+def test_frozen_parameters_must_come_from_somewhere(saved, folder):
+  phase, _ = saved
+  with pytest.raises(ConfigError, match=r"config.init_from: found '', which"):
+    fresh_params(phase.model, freeze=("^vision/",))
+  found = fresh_params(phase.model, str(phase.folder), ("^vision/",))
+  assert_equal_trees(found, random_state(phase.model).params)

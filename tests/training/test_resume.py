@@ -1,0 +1,234 @@
+"""A run that was killed ends bit for bit like one that never was.
+
+Real processes and real signals; `tests/runs.py` starts them.
+"""
+
+import dataclasses
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import time
+
+import grain
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from tests import runs
+from vocojax.config import load_module, phases
+from vocojax.data import pipeline
+from vocojax.data.sources import make_source
+from vocojax.training import checkpoint, loop
+
+# Nothing divides anything: every kill falls between two lines of metrics, and
+# a checkpoint holds sums that are not logged yet.
+TAIL = """\
+  c.training.update(steps=21, log_every=4, checkpoint_every=3)
+  c.training.keep_checkpoints = 1
+  c.data.on_bad_record = "skip"
+"""
+STEPS = 21
+# An image that is not one: skipped records must be counted the same, too.
+BROKEN = "5.png"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("resume")
+  runs.write_data(folder)
+  (folder / BROKEN).write_bytes(b"not an image")
+  runs.write_config(folder, "two.py", TAIL + runs.TWO_PHASES)
+  return folder
+
+
+def start(folder: pathlib.Path, workdir: str) -> subprocess.Popen:
+  return runs.start_cached(
+    folder,
+    "vocojax.train",
+    f"--config={folder / 'two.py'}",
+    f"--workdir={folder / workdir}",
+  )
+
+
+def finish(process: subprocess.Popen) -> tuple[str, str]:
+  out, err = process.communicate(timeout=120)
+  assert process.returncode == 0, err
+  return out, err
+
+
+def steps(phase: pathlib.Path) -> list[int]:
+  """Complete checkpoints of a phase."""
+  names = [p.name for p in phase.glob("checkpoints/*")]
+  return sorted(int(name) for name in names if name.isdigit())
+
+
+def half_written(phase: pathlib.Path) -> list[pathlib.Path]:
+  return list(phase.glob("checkpoints/*checkpoint-tmp*"))
+
+
+def wait_for(process: subprocess.Popen, condition) -> None:
+  deadline = time.monotonic() + 120
+  while not condition():
+    assert process.poll() is None, process.communicate()[1]
+    assert time.monotonic() < deadline
+    time.sleep(0.0005)
+
+
+def kill(process: subprocess.Popen) -> None:
+  process.kill()
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+  out, err = finish(start(folder, "uninterrupted"))
+  assert "resuming" not in err and "stopped" not in out
+  return folder / "uninterrupted"
+
+
+def saved(phase: pathlib.Path):
+  """Step, arrays by path, iterator state and sums of the last checkpoint."""
+  (step,) = steps(phase)  # keep_checkpoints is 1
+  where = phase / "checkpoints" / str(step)
+  arrays = {}
+  for item in ("params", "optimizer"):
+    handler = ocp.PyTreeCheckpointHandler()
+    with ocp.Checkpointer(handler) as reader:
+      shapes = handler.metadata(where / item).tree
+      as_numpy = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes
+      )
+      tree = reader.restore(
+        where / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
+      )
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+      arrays[item + jax.tree_util.keystr(path)] = np.asarray(x)
+  (state,) = (where / "data").glob("process_*")
+  progress = (where / "progress" / "metadata").read_text()
+  return step, arrays, state.read_text(), progress
+
+
+def next_batch(phase: pathlib.Path) -> pipeline.Batch:
+  """What a further step would train on."""
+  loaded = checkpoint.load(str(phase))
+  config = loaded.config
+  encoder = pipeline.Encoder(
+    loaded.tokenizer, config.prompt, config.data, config.model.vision.image_size
+  )
+  source = make_source(config.data, config.data.train_split)
+  iterator = iter(
+    pipeline.train_dataset(
+      source, encoder, config.data, config.seed, 0, 1, config.data.batch_size
+    )
+  )
+  grain.checkpoint.CheckpointHandler().restore(loaded.path / "data", iterator)
+  batch = next(iterator)
+  iterator.close()
+  return batch
+
+
+def assert_same_end(a: pathlib.Path, b: pathlib.Path) -> None:
+  """Bit for bit, of the phase folders of two runs."""
+  (step, arrays, iterator, progress), other = saved(a), saved(b)
+  assert (step, iterator, progress) == (other[0], other[2], other[3])
+  assert step == STEPS
+  assert arrays.keys() == other[1].keys()
+  assert any(p.startswith("optimizer") and "mu" in p for p in arrays)
+  for path, x in arrays.items():
+    assert x.dtype == other[1][path].dtype
+    assert x.tobytes() == other[1][path].tobytes(), path
+  lines = runs.metrics(a)
+  assert lines == runs.metrics(b)
+  assert [line["step"] for line in lines] == [4, 8, 12, 16, 20, 21]
+  assert lines[-1]["bad_records"] > 0
+  batch, expected = next_batch(a), next_batch(b)
+  assert batch.bad_records == expected.bad_records
+  for key, x in batch.arrays.items():
+    np.testing.assert_array_equal(x, expected.arrays[key], key)
+
+
+def test_sigkill_three_times(folder, uninterrupted):
+  """Once in the first phase, once during a save and once in the second."""
+  rng = random.Random(0)
+  workdir = folder / "killed"
+  full, voco = workdir / "full", workdir / "voco"
+
+  process = start(folder, "killed")
+  wait_for(process, lambda: steps(full))
+  time.sleep(rng.uniform(0, 0.2))
+  kill(process)
+  assert steps(full) and not voco.exists()
+
+  # A save lasts some milliseconds, so one or two kills may come too late.
+  for attempt in range(5):
+    process = start(folder, "killed")
+    wait_for(process, lambda: half_written(voco) or half_written(full))
+    kill(process)
+    if half := half_written(full) + half_written(voco):
+      break
+    assert attempt < 4
+  print("killed while writing", half)
+
+  process = start(folder, "killed")
+  wait_for(process, lambda: steps(voco))
+  before = full / "checkpoints" / str(STEPS) / "_CHECKPOINT_METADATA"
+  written = before.stat().st_mtime_ns
+  time.sleep(rng.uniform(0, 0.2))
+  kill(process)
+  assert steps(voco)[-1] < STEPS
+
+  _, err = finish(start(folder, "killed"))
+  assert "voco: resuming after step " in err
+  # The first phase was finished, and nothing of it was done again.
+  assert "full: resuming" not in err
+  assert before.stat().st_mtime_ns == written
+  for phase in ("full", "voco"):
+    assert_same_end(workdir / phase, uninterrupted / phase)
+    assert not half_written(workdir / phase)
+
+
+def test_sigterm_saves_and_exits_0(folder, uninterrupted):
+  workdir = folder / "stopped"
+  process = start(folder, "stopped")
+  wait_for(process, lambda: steps(workdir / "voco"))
+  time.sleep(random.Random(1).uniform(0, 0.1))
+  process.send_signal(signal.SIGTERM)
+  out, _ = finish(process)
+  (step,) = steps(workdir / "voco")
+  assert 0 < step <= STEPS
+  assert out == (
+    f"voco: stopped by SIGTERM after step {step}, saved as "
+    f"{workdir / 'voco' / 'checkpoints' / str(step)}; the same command goes on "
+    "from there\n"
+  )
+  out, _ = finish(start(folder, "stopped"))
+  assert "stopped" not in out
+  for phase in ("full", "voco"):
+    assert_same_end(workdir / phase, uninterrupted / phase)
+
+
+def test_sigterm_in_the_last_step_is_not_lost(folder, monkeypatch):
+  """A run of two phases must not go on with the second."""
+  config = phases(load_module(str(folder / "two.py")))[0]
+  config = dataclasses.replace(
+    config, training=dataclasses.replace(config.training, steps=2)
+  )
+  phase = runs.phase(config, folder / "last")
+  save = checkpoint.Checkpointer.save
+
+  def save_late(self, train_state, *rest):
+    assert int(train_state.step) == 2
+    os.kill(os.getpid(), signal.SIGTERM)
+    save(self, train_state, *rest)
+
+  monkeypatch.setattr(checkpoint.Checkpointer, "save", save_late)
+  stopped = pytest.raises(loop.Stopped, match="SIGTERM after step 2, saved as")
+  with runs.quick_compile(), stopped:
+    loop.run(phase)
+  assert steps(phase.folder) == [2]
+  # The handler of before is back.
+  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
