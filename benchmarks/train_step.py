@@ -48,6 +48,7 @@ _WIDE = {
 # As in the published model: 576 patches and a frozen vision tower.
 _PATCHES_576 = _WIDE | {
   "model.llm.vocab_size": 256,
+  "model.llm.num_hidden_layers": 4,
   "model.vision.image_size": 336,
   "model.vision.patch_size": 14,
   "model.vision.num_hidden_layers": 4,

@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
     f"--config={folder / 'two.py'}",
     f"--workdir={folder / 'run'}",
   )
-  out, err = process.communicate(timeout=300)
+  out, err = process.communicate(timeout=280)
   assert process.returncode == 0, err
   lines = out.splitlines()
   assert [x.split(":")[0] for x in lines] == [
@@ -100,7 +100,7 @@ def test_program_gives_what_training_gave(folder, tmp_path, name):
     f"--checkpoint={tmp_path}/copy/{phase}",
     *arguments,
   )
-  out, err = process.communicate(timeout=300)
+  out, err = process.communicate(timeout=280)
   assert process.returncode == 0, err
   assert f"report: {tmp_path}/copy/report.md" in out
   found = results(tmp_path / "copy")[name]

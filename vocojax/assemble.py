@@ -97,9 +97,7 @@ def make_model(
     prompt.LAYOUTS[config.prompt.layout], tokenizer
   )
   voco = tokenizer.convert_tokens_to_ids(VOCO_TOKEN)
-  return VisionLanguageModel(
-    config.model, StreamTokens(prefix, suffix, voco)
-  )
+  return VisionLanguageModel(config.model, StreamTokens(prefix, suffix, voco))
 
 
 def provenance(command: str) -> dict:
@@ -124,9 +122,3 @@ def provenance(command: str) -> dict:
 def command_line(module: str) -> str:
   """The command that was typed."""
   return " ".join(["python", "-m", module, *sys.argv[1:]])
-
-
-
-
-
-

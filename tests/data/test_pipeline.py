@@ -26,6 +26,7 @@ DATA = DataConfig(
   max_text_length=12,
   max_images=2,
   conversations_per_record=0,
+  skip_answers=(),
   batch_size=4,
   flip_images=False,
   pad_to_square=True,
@@ -147,6 +148,18 @@ def test_conversations_are_sampled_without_replacement(words):
     assert len(set(found)) == 3 and set(found) <= set(answers)
     seen.update(found)
   assert seen == set(answers)
+
+
+def test_skipped_answers(words):
+  data = dataclasses.replace(DATA, skip_answers=("1", "3"))
+  encoder = pipeline.Encoder(words, PROMPT, data, 8)
+  turns = [("?", str(i)) for i in range(4)]
+  row = encoder(record(*turns), np.random.default_rng(0))
+  zero, two = words.convert_tokens_to_ids(["0", "2"])
+  assert row["input_ids"][[1, 4]].tolist() == [zero, two]
+  assert row["segment_ids"].max() == 2
+  empty = encoder(record(("?", "1")), np.random.default_rng(0))
+  assert not empty["segment_ids"].any() and empty["images"].any()
 
 
 def test_what_does_not_fit(words):

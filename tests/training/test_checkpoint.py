@@ -4,6 +4,8 @@ import dataclasses
 import json
 import re
 import shutil
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -146,8 +148,16 @@ def test_restore_gives_everything_back(saved, sizes):
     np.testing.assert_array_equal(x, following.arrays[key], key)
 
 
-def test_progress_is_that_of_the_moment_of_saving(folder):
+def test_progress_is_that_of_the_moment_of_saving(folder, monkeypatch):
   """Writing goes on in the background, and so does training."""
+  dumps = json.dumps
+
+  def slow_dumps(*args, **kwargs):
+    if threading.current_thread() is not threading.main_thread():
+      time.sleep(0.3)
+    return dumps(*args, **kwargs)
+
+  monkeypatch.setattr(json, "dumps", slow_dumps)
   config = config_of(folder)
   phase = runs.phase(config, folder / "race")
   checkpoints = checkpoint.Checkpointer(phase.folder, config, phase.tokenizer)

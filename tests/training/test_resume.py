@@ -54,7 +54,7 @@ def start(folder: pathlib.Path, workdir: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> tuple[str, str]:
-  out, err = process.communicate(timeout=120)
+  out, err = process.communicate(timeout=250)
   assert process.returncode == 0, err
   return out, err
 
@@ -70,7 +70,7 @@ def half_written(phase: pathlib.Path) -> list[pathlib.Path]:
 
 
 def wait_for(process: subprocess.Popen, condition) -> None:
-  deadline = time.monotonic() + 120
+  deadline = time.monotonic() + 250
   while not condition():
     assert process.poll() is None, process.communicate()[1]
     assert time.monotonic() < deadline

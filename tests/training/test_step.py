@@ -34,7 +34,7 @@ def one_step(model, optimizer, freeze=(), accumulate=1, params=None):
 
 
 def mean_loss(model, params, batch):
-  """Mean cross-entropy over the trained tokens of all rows, and their number."""
+  """Mean cross-entropy over the trained tokens, and how many there are."""
   logits = model.text_logits(params, batch)[:, :-1]
   labels, segments = batch["labels"], batch["segment_ids"]
   trained = (labels[:, 1:] >= 0) & (segments[:, 1:] == segments[:, :-1])

@@ -332,7 +332,8 @@ def _again(workdir: pathlib.Path, voco) -> str:
   return (
     "## Run it again\n\n"
     f"```bash\n{command}\n"
-    f"python -m vocojax.evaluate --workdir={workdir}\n```\n\n"
+    f"python -m vocojax.evaluate --checkpoint={workdir / voco['phase']}\n"
+    "```\n\n"
     "The first goes on where it stopped if its workdir has checkpoints; name "
     "a new workdir to start afresh. The second evaluates the last checkpoint "
     "and writes this report."

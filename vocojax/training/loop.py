@@ -97,9 +97,7 @@ def init_params(
   loaded, missing = {}, None
   if init_from:
     loaded, missing = checkpoint.load_params(init_from, abstract, model.config)
-    logging.info(
-      "%s: took all parameters but %s", init_from, missing or "none"
-    )
+    logging.info("%s: took all parameters but %s", init_from, missing or "none")
   if missing == []:
     return loaded
   names = list(state.flatten(abstract)) if missing is None else missing
@@ -107,8 +105,8 @@ def init_params(
   if untrained:
     raise ConfigError(
       f"config.init_from: found {init_from!r}, which lacks {untrained[0]} and "
-      f"{len(untrained) - 1} more parameters that config.optimizer.freeze keeps "
-      "from learning; name a checkpoint that has them, or freeze less"
+      f"{len(untrained) - 1} more parameters that config.optimizer.freeze "
+      "keeps from learning; name a checkpoint that has them, or freeze less"
     )
 
   def fresh(key):
@@ -128,9 +126,7 @@ def _run(phase: Phase) -> state.Params:
   sharding.check_batch(mesh, config.data.batch_size, training.accumulate)
   optimizer = make_optimizer(config.optimizer, phase.steps)
   iterator = iter(_batches(phase))
-  checkpoints = checkpoint.Checkpointer(
-    phase.folder, config, phase.tokenizer
-  )
+  checkpoints = checkpoint.Checkpointer(phase.folder, config, phase.tokenizer)
   try:
     abstract = _abstract_state(phase, optimizer)
     if checkpoints.latest is None:
@@ -154,9 +150,7 @@ def _run(phase: Phase) -> state.Params:
           file=sys.stderr,
         )
     train_step = jax.jit(
-      step.make_train_step(
-        phase.model, optimizer, freeze, training.accumulate
-      ),
+      step.make_train_step(phase.model, optimizer, freeze, training.accumulate),
       in_shardings=(
         jax.tree.map(lambda s: s.sharding, abstract),
         sharding.rows(mesh),
@@ -216,9 +210,7 @@ def _loop(phase, train_step, train_state, iterator, checkpoints, sums):
   """The steps themselves. A step's metrics are read while the next one runs."""
   config, training = phase.config, phase.config.training
   first = int(train_state.step)
-  rate = schedule(
-    config.optimizer, config.optimizer.learning_rate, phase.steps
-  )
+  rate = schedule(config.optimizer, config.optimizer.learning_rate, phase.steps)
   writer = metrics.MetricsWriter(phase.folder, first)
   bar = tqdm.tqdm(
     initial=first,
@@ -276,9 +268,7 @@ def _loop(phase, train_step, train_state, iterator, checkpoints, sums):
       for message in batch.bad_records:
         logging.warning("skipped a bad record: %s", message)
       arrays = {
-        k: jax.make_array_from_process_local_data(
-          sharding.rows(phase.mesh), v
-        )
+        k: jax.make_array_from_process_local_data(sharding.rows(phase.mesh), v)
         for k, v in batch.arrays.items()
       }
       train_state, values = train_step(train_state, arrays)

@@ -18,9 +18,7 @@ def init_state(
 ) -> TrainState:
   """Step 0 with these parameters; frozen ones get no optimiser state."""
   trained, _ = state.split(params, freeze)
-  return TrainState(
-    jnp.zeros((), jnp.int32), params, optimizer.init(trained)
-  )
+  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trained))
 
 
 def make_train_step(
@@ -65,9 +63,7 @@ def make_train_step(
       ((total, sums), grads), _ = jax.lax.scan(add, zeros, micro)
     count = jnp.maximum(sums["tokens"], 1.0)
     grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
-    updates, opt_state = optimizer.update(
-      grads, train_state.opt_state, trained
-    )
+    updates, opt_state = optimizer.update(grads, train_state.opt_state, trained)
     trained = optax.apply_updates(trained, updates)
     metrics = sums | {
       "loss": total / count,
@@ -75,9 +71,7 @@ def make_train_step(
       "param_norm": optax.tree.norm(trained),
     }
     return (
-      TrainState(
-        train_state.step + 1, state.merge(trained, frozen), opt_state
-      ),
+      TrainState(train_state.step + 1, state.merge(trained, frozen), opt_state),
       metrics,
     )
 
