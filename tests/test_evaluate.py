@@ -12,7 +12,7 @@ import pytest
 
 from tests import runs
 from tests.models import builders
-from vocojax import evaluate
+from vocojax import assemble
 from vocojax.data import pipeline
 from vocojax.data.sources import make_source
 from vocojax.models.vlm import VisionLanguageModel
@@ -110,7 +110,7 @@ def test_program_gives_what_training_gave(folder, tmp_path, name):
 def test_sharded_weights_answer_the_same(folder, tmp_path):
   """In this process there are eight devices, and the mesh takes all."""
   loaded = checkpoint.load(str(folder / "run" / "voco"))
-  evaluate.evaluate(loaded, tmp_path, "voco", "a test")
+  assemble.evaluate(loaded, tmp_path, "voco", "a test")
   assert results(tmp_path)["voco"] == results(folder / "run")["voco"]
 
 

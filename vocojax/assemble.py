@@ -1,28 +1,41 @@
-"""From a config to the things that run it; what train and evaluate share.
+"""What the programs share: from a config or a checkpoint to what runs.
 
 Read next: train.py.
 """
 
+import dataclasses
 import os
 import pathlib
 import platform
 import subprocess
 import sys
+from typing import cast
 
 import jax
 import transformers
 
-from vocojax.config import Config
+from vocojax.config import CompressorName, Config
 from vocojax.data import prompt
-from vocojax.data.sources import Source
+from vocojax.data.sources import Source, make_source
 from vocojax.data.tokenizer import (
   VOCO_TOKEN,
   build_word_level,
   load_tokenizer,
 )
-from vocojax.errors import ConfigError, UserError
+from vocojax.errors import CheckpointError, ConfigError, UserError
+from vocojax.evals import answers
 from vocojax.models.compressors import StreamTokens
 from vocojax.models.vlm import VisionLanguageModel
+from vocojax.training import checkpoint, loop, sharding
+
+# (compressor trained with, compressor used): name and title of the result.
+_RESULTS = {
+  ("voco", "voco"): ("voco", "VoCo"),
+  ("full", "full"): ("full", "upper bound, all patches"),
+  ("full", "voco"): ("lower", "lower bound, the same under the VoCo mask"),
+  ("voco", "full"): ("voco_full", "VoCo weights, all patches"),
+  ("avgpool", "avgpool"): ("avgpool", "mean patches"),
+}
 
 
 def make_workdir(path: str) -> pathlib.Path:
@@ -96,8 +109,73 @@ def make_model(
   prefix, suffix = prompt.stream_ids(
     prompt.LAYOUTS[config.prompt.layout], tokenizer
   )
-  voco = tokenizer.convert_tokens_to_ids(VOCO_TOKEN)
+  voco = tokenizer.get_vocab()[VOCO_TOKEN]
   return VisionLanguageModel(config.model, StreamTokens(prefix, suffix, voco))
+
+
+def evaluate(
+  loaded: checkpoint.Loaded,
+  workdir: pathlib.Path,
+  compressor: str,
+  command: str,
+) -> None:
+  """Scores a checkpoint, writes the result and prints it in one line.
+
+  Args:
+    loaded: the checkpoint.
+    workdir: the result goes to its folder `evaluation`.
+    compressor: what text sees of the image; with another one than the
+      checkpoint was trained with, a bound.
+    command: what was typed, for the provenance.
+
+  Raises:
+    CheckpointError: the checkpoint cannot be used with this compressor.
+  """
+  config = loaded.config
+  trained = config.model.compressor.name
+  if (trained, compressor) not in _RESULTS:
+    raise CheckpointError(
+      f"{loaded.path}: trained with compressor {trained!r}, which says nothing "
+      f"when used as {compressor!r}; leave --compressor out"
+    )
+  name, title = _RESULTS[trained, compressor]
+  model_config = dataclasses.replace(
+    config.model,
+    compressor=dataclasses.replace(
+      config.model.compressor, name=cast(CompressorName, compressor)
+    ),
+  )
+  config = dataclasses.replace(config, model=model_config)
+  model = make_model(config, loaded.tokenizer)
+  mesh = sharding.make_mesh(config.mesh)
+  params, missing = checkpoint.load_params(
+    str(loaded.path), loop.abstract_params(model, mesh), config.model
+  )
+  if missing:
+    raise CheckpointError(
+      f"{loaded.path}: lacks {missing[0]} and {len(missing) - 1} more "
+      f"parameters of a {compressor!r} model; train one from it with "
+      "config.init_from"
+    )
+  source = make_source(config.data, config.evaluation.split)
+  found = answers.answer_questions(
+    config, model, params, loaded.tokenizer, source, title
+  )
+  result = answers.write(
+    workdir / "evaluation",
+    name,
+    title,
+    found,
+    config,
+    loaded.path,
+    provenance(command),
+  )
+  seen = len(model.stream.visible)
+  print(
+    f"{title}: {result['accuracy']:.2%} of {result['total']} answers right, "
+    f"{config.model.vision.num_patches} patches as {seen} token"
+    f"{'s' if seen > 1 else ''}, {result['seconds']:.1f} s"
+  )
 
 
 def provenance(command: str) -> dict:

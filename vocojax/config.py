@@ -124,11 +124,14 @@ class VisionConfig:
       )
 
 
+CompressorName = Literal["voco", "full", "avgpool"]
+
+
 @dataclasses.dataclass(frozen=True)
 class CompressorConfig:
   """What stands for an image when text is read: see models/compressors.py."""
 
-  name: Literal["voco", "full", "avgpool"]
+  name: CompressorName
   num_voco_tokens: int
   text_sees_bos: bool
 
@@ -382,9 +385,7 @@ def _check(hint, value, path: str):
       raise ConfigError(
         f"{path}: found {value!r}, expected a tuple of {item.__name__}"
       )
-    return tuple(
-      _check(item, v, f"{path}[{i}]") for i, v in enumerate(value)
-    )
+    return tuple(_check(item, v, f"{path}[{i}]") for i, v in enumerate(value))
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
   if type(value) is not hint:

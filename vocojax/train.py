@@ -12,7 +12,7 @@ import pathlib
 import jax
 from absl import flags, logging
 
-from vocojax import assemble, cli, evaluate
+from vocojax import assemble, cli
 from vocojax.config import Config, phases
 from vocojax.data.sources import make_source
 from vocojax.evals.report import write_report
@@ -20,9 +20,11 @@ from vocojax.training import checkpoint, loop, sharding
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder for checkpoints, metrics and the report."
+  "workdir",
+  None,
+  "Folder for checkpoints, metrics and the report.",
+  required=True,
 )
-flags.mark_flag_as_required("workdir")
 
 
 def main() -> None:
@@ -72,7 +74,7 @@ def _evaluate(plan: tuple[Config, ...], workdir: pathlib.Path) -> None:
     runs += [(full[-1], "full"), (full[-1], "voco")] if full else []
   for config, compressor in runs:
     loaded = checkpoint.load(str(workdir / config.name))
-    evaluate.evaluate(loaded, workdir, compressor, command)
+    assemble.evaluate(loaded, workdir, compressor, command)
   if plan[-1].model.compressor.name == "voco":
     print(f"report: {write_report(workdir)}")
 

@@ -183,14 +183,14 @@ class Llama:
     """Queries or keys to their positions."""
     return rope.rotate(x, position_ids, self.config.rope)
 
-  def embed(self, params, input_ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+  def embed(
+    self, params, input_ids: Int[Array, "..."]
+  ) -> Float[Array, "... D"]:
     """Token embeddings in the compute dtype."""
     table = params["embed_tokens"]["embedding"]
     return jnp.take(table, input_ids, axis=0).astype(self.model.dtype)
 
-  def logits(
-    self, params, x: Float[Array, "... D"]
-  ) -> Float32[Array, "... V"]:
+  def logits(self, params, x: Float[Array, "... D"]) -> Float32[Array, "... V"]:
     """Final norm and head; padded vocabulary rows get the float32 minimum."""
     x = self._norm.apply({"params": params["norm"]}, x)
     if self.config.tie_word_embeddings:

@@ -1,7 +1,7 @@
 """The two-stage attention mask and the positions that go with it.
 
 B text rows, F image slots per row, A image-stream length, K visible tokens of
-an image, T text length, S = F*A + T. Read next: `vlm.py`, which uses both forms.
+an image, T text length, S = F*A + T. Read next: `vlm.py`, which uses them.
 
 A row of a batch is F image streams and one text stream. Image streams never
 look at each other or at text. Text looks at text of its own segment, and at the

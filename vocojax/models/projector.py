@@ -1,6 +1,7 @@
 """From patch features to the language model's width. Read next: `vlm.py`.
 
-Source: LLaVA-1.5 (arXiv 2310.03744): `mlp2x_gelu` is linear, exact GELU, linear.
+Source: LLaVA-1.5 (arXiv 2310.03744): `mlp2x_gelu` is linear, exact GELU and
+linear.
 """
 
 import functools

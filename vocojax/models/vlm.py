@@ -128,7 +128,7 @@ class VisionLanguageModel:
     return offsets, text
 
   def _joint(self, llm_params, image_x, text_x, batch):
-    """One pass over [stream 1, ..., stream F, text] under the two-stage mask."""
+    """One pass over [stream 1, ..., stream F, text] under the whole mask."""
     stream = self.stream
     B, T, D = text_x.shape
     x = jnp.concatenate([image_x.reshape(B, -1, D), text_x], axis=1)

@@ -16,6 +16,7 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 import transformers
+from etils import epath
 
 from vocojax.config import Config, ModelConfig
 from vocojax.data.tokenizer import load_tokenizer
@@ -101,9 +102,11 @@ class Checkpointer:
       ),
     )
     train_state = TrainState(
-      restored.optimizer["step"], restored.params, restored.optimizer["state"]
+      restored["optimizer"]["step"],
+      restored["params"],
+      restored["optimizer"]["state"],
     )
-    return train_state, restored.progress
+    return train_state, restored["progress"]
 
   def wait(self) -> None:
     """Until what was started is on disk."""
@@ -226,7 +229,7 @@ def load_params(
   handler = ocp.StandardCheckpointHandler()
   with ocp.Checkpointer(handler) as reader, _readable(where):
     # Not from `reader`, which warns that a part is not a whole checkpoint.
-    saved = state.flatten(handler.metadata(where / "params").tree)
+    saved = state.flatten(handler.metadata(epath.Path(where) / "params").tree)
     for name in wanted.keys() & saved.keys():
       if tuple(saved[name].shape) != wanted[name].shape:
         raise CheckpointError(

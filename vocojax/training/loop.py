@@ -10,6 +10,7 @@ import time
 
 import grain
 import jax
+import numpy as np
 import tqdm
 import transformers
 from absl import logging
@@ -244,7 +245,7 @@ def _loop(phase, train_step, train_state, iterator, checkpoints, sums):
       return
     seconds = time.perf_counter() - started
     line = sums.means() | {
-      "learning_rate": float(rate(number - 1)),
+      "learning_rate": float(np.asarray(rate(number - 1))),
       "grad_norm": values["grad_norm"],
       "images_per_second": (number - since_log)
       * config.data.batch_size

@@ -73,9 +73,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
       f"config.mesh: {' x '.join(map(str, sizes))} is not the number of "
       f"devices, {count}; set one axis to -1"
     )
-  return jax.make_mesh(
-    sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES)
-  )
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec(path: str) -> PartitionSpec:

@@ -1,6 +1,7 @@
 """One optimiser step as a pure function. Read next: `loop.py`."""
 
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def make_train_step(
     count = jnp.maximum(sums["tokens"], 1.0)
     grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
     updates, opt_state = optimizer.update(grads, train_state.opt_state, trained)
-    trained = optax.apply_updates(trained, updates)
+    trained = cast(state.Params, optax.apply_updates(trained, updates))
     metrics = sums | {
       "loss": total / count,
       "grad_norm": optax.tree.norm(grads),
