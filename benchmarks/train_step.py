@@ -37,6 +37,7 @@ from vocojax.training import optimizer as optimizer_lib
 from vocojax.training import state, step
 
 _WIDE = {
+  "model.llm.num_hidden_layers": 4,
   "model.llm.hidden_size": 256,
   "model.llm.intermediate_size": 688,
   "model.llm.num_attention_heads": 8,
@@ -48,17 +49,23 @@ _WIDE = {
 # As in the published model: 576 patches and a frozen vision tower.
 _PATCHES_576 = _WIDE | {
   "model.llm.vocab_size": 256,
-  "model.llm.num_hidden_layers": 4,
   "model.vision.image_size": 336,
   "model.vision.patch_size": 14,
   "model.vision.num_hidden_layers": 4,
   "data.batch_size": 4,
   "optimizer.freeze": ("^vision/",),
 }
-# Changes to configs/easyvqa_1tok.py.
+# Changes to configs/easyvqa_1tok.py, whose own size changes with its recipe.
+# Only `wide` trains the vision tower, too.
 SIZES = {
   "easy_vqa": {},
-  "wide": _WIDE | {"data.batch_size": 24},
+  "wide": _WIDE
+  | {
+    "model.vision.num_hidden_layers": 3,
+    "data.max_text_length": 72,
+    "data.batch_size": 24,
+    "optimizer.freeze": (),
+  },
   "576_text_64": _PATCHES_576 | {"data.max_text_length": 64},
   "576_text_256": _PATCHES_576 | {"data.max_text_length": 256},
 }
@@ -86,7 +93,10 @@ class Result:
 
 
 def make_config(overrides: dict) -> config_lib.Config:
-  """configs/easyvqa_1tok.py as one VoCo phase with AdamW; dotted keys."""
+  """The last phase of configs/easyvqa_1tok.py with AdamW; dotted keys.
+
+  That phase is the file without the keys of `config.phase`, but for the steps.
+  """
   c = easyvqa_1tok.get_config()
   c.phases, c.phase = (), {}
   c.update_from_flattened_dict(_ONE_PHASE | overrides)

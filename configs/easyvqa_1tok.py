@@ -33,12 +33,12 @@ def get_config():
     "model": {"compressor": {"name": "avgpool"}},
     "data": {"skip_answers": ("yes", "no"), "conversations_per_record": 4},
     "optimizer": {"freeze": ()},
-    "training": {"steps": 500},
+    "training": {"steps": 600},
   }
   c.phase.pool["data"].update(batch_size=128, max_text_length=32)
   c.phase.full = {
     "model": {"compressor": {"name": "full"}},
-    "training": {"steps": 450},
+    "training": {"steps": 400},
   }
   c.phase.voco = {"training": {"steps": 400}}
   return c

@@ -30,7 +30,7 @@ TINY = {
   "data.batch_size": 2,
 }
 MODELS = {
-  "one VoCo token": {},
+  "one VoCo token": {"optimizer.freeze": ()},
   "three, frozen vision": {
     "model.compressor.num_voco_tokens": 3,
     "model.vision.hidden_act": "gelu",

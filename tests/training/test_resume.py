@@ -77,6 +77,13 @@ def wait_for(process: subprocess.Popen, condition) -> None:
     time.sleep(0.0005)
 
 
+def wait_for_step(process, phase: pathlib.Path, rng: random.Random) -> None:
+  """Until a moment well inside the phase, after some of its checkpoints."""
+  step = rng.choice([3, 6, 9, 12])
+  wait_for(process, lambda: steps(phase) and steps(phase)[-1] >= step)
+  time.sleep(rng.uniform(0, 0.03))
+
+
 def kill(process: subprocess.Popen) -> None:
   process.kill()
   process.communicate()
@@ -158,10 +165,9 @@ def test_sigkill_three_times(folder, uninterrupted):
   full, voco = workdir / "full", workdir / "voco"
 
   process = start(folder, "killed")
-  wait_for(process, lambda: steps(full))
-  time.sleep(rng.uniform(0, 0.2))
+  wait_for_step(process, full, rng)
   kill(process)
-  assert steps(full) and not voco.exists()
+  assert steps(full)[-1] < STEPS and not voco.exists()
 
   # A save lasts some milliseconds, so one or two kills may come too late.
   for attempt in range(5):
@@ -174,10 +180,9 @@ def test_sigkill_three_times(folder, uninterrupted):
   print("killed while writing", half)
 
   process = start(folder, "killed")
-  wait_for(process, lambda: steps(voco))
+  wait_for_step(process, voco, rng)
   before = full / "checkpoints" / str(STEPS) / "_CHECKPOINT_METADATA"
   written = before.stat().st_mtime_ns
-  time.sleep(rng.uniform(0, 0.2))
   kill(process)
   assert steps(voco)[-1] < STEPS
 
@@ -194,8 +199,7 @@ def test_sigkill_three_times(folder, uninterrupted):
 def test_sigterm_saves_and_exits_0(folder, uninterrupted):
   workdir = folder / "stopped"
   process = start(folder, "stopped")
-  wait_for(process, lambda: steps(workdir / "voco"))
-  time.sleep(random.Random(1).uniform(0, 0.1))
+  wait_for_step(process, workdir / "voco", random.Random(1))
   process.send_signal(signal.SIGTERM)
   out, _ = finish(process)
   (step,) = steps(workdir / "voco")
