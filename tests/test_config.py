@@ -85,7 +85,6 @@ def test_phases_run_in_the_order_given_and_may_change_nothing():
       "config.phase.voco.data.batchsize: unknown key; the nearest key is "
       "'batch_size'",
     ),
-    ("phase.other", {}, "config.phase.other: not among config.phases"),
     ("phases", ("a/b",), "config.phases: 'a/b' must be letters"),
     (
       "training.steps",

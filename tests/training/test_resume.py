@@ -80,7 +80,7 @@ def wait_for(process: subprocess.Popen, condition) -> None:
 def wait_for_step(process, phase: pathlib.Path, rng: random.Random) -> None:
   """Until a moment well inside the phase, after some of its checkpoints."""
   step = rng.choice([3, 6, 9, 12])
-  wait_for(process, lambda: steps(phase) and steps(phase)[-1] >= step)
+  wait_for(process, lambda: max(steps(phase), default=0) >= step)
   time.sleep(rng.uniform(0, 0.03))
 
 
