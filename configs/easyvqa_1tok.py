@@ -4,10 +4,10 @@
 
 Hardware: 2 CPU cores, 9 minutes. Score: 99.4 % of the 9,673 test questions.
 
-Phase `pool` teaches the vision tower on open questions
-with the mean patch; it is frozen from there on. `full` teaches the language
-with all 64 patches visible, `voco` to squeeze them into one token. Trained
-straight under the VoCo mask, or with the tower free, shapes stay a guess.
+Phase `pool` teaches the vision tower on open questions with the mean patch; it
+is frozen from there on. `full` teaches the language with all 64 patches
+visible, `voco` to squeeze them into one token. Trained straight under the VoCo
+mask, or with the tower free, shapes stay a guess.
 """
 
 from configs import common

@@ -237,7 +237,11 @@ def test_status_is_passed_on(folder):
 
 
 def test_interrupt(folder):
+  # Tests that run in a shell's background inherit an ignored SIGINT and would
+  # hand it on.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
   process = start(folder, "--config=good.py", "--workdir=wait")
+  signal.signal(signal.SIGINT, before)
   while process.stdout.readline() != "ready\n":
     assert process.poll() is None
   process.send_signal(signal.SIGINT)

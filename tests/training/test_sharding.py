@@ -18,7 +18,10 @@ from vocojax.models.vlm import VisionLanguageModel
 from vocojax.training import loop, sharding, state, step
 from vocojax.training.optimizer import make_optimizer
 
+# Adam divides by the gradient's size, so where the true gradient is zero (as of
+# CLIP's key biases) it makes steps of rounding errors; this eps keeps them out.
 TAIL = """\
+  c.optimizer.update(learning_rate=0.005, eps=1e-6)
   c.training.update(steps=20, log_every=1, checkpoint_every=100)
   c.data.batch_size = 8
 """
