@@ -199,16 +199,17 @@ def test_sigkill_three_times(folder, uninterrupted):
 def test_sigterm_saves_and_exits_0(folder, uninterrupted):
   workdir = folder / "stopped"
   process = start(folder, "stopped")
-  wait_for_step(process, workdir / "voco", random.Random(1))
+  wait_for_step(process, workdir / "full", random.Random(1))
   process.send_signal(signal.SIGTERM)
   out, _ = finish(process)
-  (step,) = steps(workdir / "voco")
+  (step,) = steps(workdir / "full")
   assert 0 < step <= STEPS
   assert out == (
-    f"voco: stopped by SIGTERM after step {step}, saved as "
-    f"{workdir / 'voco' / 'checkpoints' / str(step)}; the same command goes on "
+    f"full: stopped by SIGTERM after step {step}, saved as "
+    f"{workdir / 'full' / 'checkpoints' / str(step)}; the same command goes on "
     "from there\n"
   )
+  assert not (workdir / "voco").exists()
   out, _ = finish(start(folder, "stopped"))
   assert "stopped" not in out
   for phase in ("full", "voco"):
