@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from vocojax.models.cache import VocoCache
+from vocojax.models.cache import ImageKeyValues
 from vocojax.models.vlm import VisionLanguageModel
 
 
 def generate(
   model: VisionLanguageModel,
   params,
-  cache: VocoCache,
+  cache: ImageKeyValues,
   image_index: Int[Array, "B F"],
   prompt_ids: Int[Array, "B T"],
   prompt_lengths: Int[Array, " B"],

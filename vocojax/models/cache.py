@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
-class VocoCache:
+class ImageKeyValues:
   """Keys *before rotation* and values of the tokens that text may see.
 
   Not rotated, so that an image may be put at any position later. Two times

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Shaped, UInt8
 
 from vocojax.config import ModelConfig
 from vocojax.models import attention, layers, masks
-from vocojax.models.cache import TextCache, VocoCache
+from vocojax.models.cache import ImageKeyValues, TextCache
 from vocojax.models.clip import ClipVision
 from vocojax.models.compressors import (
   AveragePool,
@@ -193,7 +193,7 @@ class VisionLanguageModel:
 
   def compress(
     self, params, images: UInt8[Array, "N S S 3"]
-  ) -> tuple[VocoCache, Float32[Array, "L N H K A"]]:
+  ) -> tuple[ImageKeyValues, Float32[Array, "L N H K A"]]:
     """Stage 1: what stands for each image.
 
     Returns:
@@ -216,11 +216,11 @@ class VisionLanguageModel:
     _, (keys, values, weights) = layers.run_stack(
       body, x, params["llm"]["layers"], self.config
     )
-    return VocoCache(keys, values), weights
+    return ImageKeyValues(keys, values), weights
 
   def place(
     self,
-    cache: VocoCache,
+    cache: ImageKeyValues,
     image_index: Int[Array, "B F"],
     num_text_slots: int,
   ) -> tuple[TextCache, Bool[Array, "B FK"], Int[Array, " B"]]:
