@@ -27,9 +27,8 @@ import numpy as np
 import optax
 import torch
 
-from benchmarks import torch_voco
+from benchmarks import tables, torch_voco
 from configs import easyvqa_1tok
-from vocojax import assemble
 from vocojax import config as config_lib
 from vocojax.models.compressors import StreamTokens
 from vocojax.models.vlm import VisionLanguageModel
@@ -290,7 +289,7 @@ def report(results: list[Result]) -> str:
       middle = statistics.median(ratios)
       row.append(f"{middle:.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
     rows.append([*row, f"{r.compile_seconds:.0f}"])
-  speed = _table([*head, "vocojax compiles, s"], rows)
+  speed = tables.markdown([*head, "vocojax compiles, s"], rows)
 
   rows = []
   for r in results:
@@ -298,16 +297,11 @@ def report(results: list[Result]) -> str:
     rows.append([r.name, f"{1e3 * whole:.0f}"])
     for t in r.parts.values():
       rows[-1].append(f"{1e3 * t:.0f} ({100 * t / whole:.0f} %)")
-  parts = _table(["size", "step", *results[0].parts], rows)
+  parts = tables.markdown(["size", "step", *results[0].parts], rows)
   return (
     f"{speed}\n\nWhere a vocojax step goes, in milliseconds; the text stream "
     f"is what the others leave:\n\n{parts}"
   )
-
-
-def _table(head: list[str], rows: list[list]) -> str:
-  lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
-  return "\n".join("| " + " | ".join(map(str, x)) + " |" for x in lines)
 
 
 def main():
@@ -325,11 +319,7 @@ def main():
     print(f"{name} ...", flush=True)
     results.append(measure(name, SIZES[name], args.repeats, args.torch_compile))
   print("\n" + report(results) + "\n")
-  for key, value in assemble.provenance(
-    assemble.command_line("benchmarks.train_step")
-  ).items():
-    print(f"{key}: {value}")
-  print(f"torch: {torch.__version__}")
+  tables.print_provenance("benchmarks.train_step", torch=torch.__version__)
 
 
 if __name__ == "__main__":
