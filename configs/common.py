@@ -67,7 +67,9 @@ def get_config() -> ConfigDict:
   c.model.compressor.text_sees_bos = False  # True: text also sees BOS
 
   c.prompt = ConfigDict()
-  c.prompt.layout = "voco_v1"  # or 'qa_v1', a bare question and answer
+  # 'voco_v1' is that of VoCo-LLaMA, 'vicuna_v1' that of LLaVA-1.5, 'plain' an
+  # image and its caption, 'qa_v1' a bare question and answer.
+  c.prompt.layout = "voco_v1"
   # 'original' deletes every newline of a conversation with images, as the
   # released training code did.
   c.prompt.strip_newlines = "none"

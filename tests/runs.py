@@ -122,10 +122,10 @@ def start(module: str, *arguments: str, **env: str) -> subprocess.Popen:
 
 def start_cached(folder: pathlib.Path, *arguments: str) -> subprocess.Popen:
   """`start`, compiling quickly, and once for all starts with this folder."""
-  return start(*arguments, **_cached(folder))
+  return start(*arguments, **cached(folder))
 
 
-def _cached(folder: pathlib.Path) -> dict[str, str]:
+def cached(folder: pathlib.Path) -> dict[str, str]:
   return {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
@@ -137,9 +137,13 @@ def _cached(folder: pathlib.Path) -> dict[str, str]:
 # Imports the program once and forks for each command line that it reads.
 _FORKS = """
 import importlib, json, os, sys, traceback
+import transformers
+
 from vocojax import cli
 
+transformers.AutoTokenizer  # slow to import, which it is when first used
 program = importlib.import_module(sys.argv[1])
+options = json.loads(sys.argv[2])
 for line in sys.stdin:
   arguments, out, err = json.loads(line)
   if child := os.fork():
@@ -149,7 +153,7 @@ for line in sys.stdin:
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), file)
   sys.argv[1:] = arguments
   try:
-    cli.run(program.main, program.__doc__)
+    cli.run(program.main, program.__doc__, **options)
   except SystemExit as e:
     status = e.code or 0
   except BaseException:
@@ -164,12 +168,14 @@ for line in sys.stdin:
 class Forks:
   """Runs a program many times, importing it once."""
 
-  def __init__(self, folder: pathlib.Path, module: str):
+  def __init__(self, folder: pathlib.Path, module: str, **options):
+    """Imports it; `options` are those of `cli.run`."""
     self._folder = folder
     self._process = subprocess.Popen(
-      [sys.executable, "-W", "ignore", "-c", _FORKS, module],
+      [sys.executable, "-W", "ignore", "-c", _FORKS, module]
+      + [json.dumps(options)],
       cwd=ROOT,
-      env=os.environ | {"JAX_PLATFORMS": "cpu"} | _cached(folder),
+      env=os.environ | {"JAX_PLATFORMS": "cpu"} | cached(folder),
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,

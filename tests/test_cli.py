@@ -40,6 +40,21 @@ if __name__ == "__main__":
   cli.run(main, "Does little.")
 """
 
+ASKING = """
+from absl import flags
+from vocojax import cli
+
+IMAGE = flags.DEFINE_string("image", None, "A file.", required=True)
+
+
+def main(arguments):
+  print(IMAGE.value, arguments)
+
+
+if __name__ == "__main__":
+  cli.run(main, "Asks.", arguments=True)
+"""
+
 CONFIG = """
 from configs import common
 
@@ -60,13 +75,14 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 def folder(tmp_path_factory):
   path = tmp_path_factory.mktemp("cli")
   (path / "program.py").write_text(PROGRAM)
+  (path / "asking.py").write_text(ASKING)
   (path / "good.py").write_text(CONFIG)
   return path
 
 
-def start(folder, *arguments):
+def start(folder, *arguments, program="program.py"):
   return subprocess.Popen(
-    [sys.executable, "program.py", *arguments],
+    [sys.executable, program, *arguments],
     cwd=folder,
     env=os.environ | {"PYTHONPATH": str(ROOT)},
     stdin=subprocess.PIPE,
@@ -218,6 +234,40 @@ def test_missing_flags(folder):
     assert process.returncode == 2, err
     assert err.startswith("error: ") and err.count("\n") == 1, err
     assert words in err
+
+
+@pytest.mark.parametrize(
+  ("words", "found"),
+  [
+    (["--image=x"], "x []"),
+    (["--image=x", "is it red ?"], "x ['is it red ?']"),
+    (["is it red ?", "--image", "x"], "x ['is it red ?']"),
+    (["a", "--image=x", "b"], "x ['a', 'b']"),
+    (["--image=x", "--", "--dashes", "b"], "x ['--dashes', 'b']"),
+  ],
+)
+def test_arguments_that_are_no_flags(folder, words, found):
+  process = start(folder, *words, program="asking.py")
+  out, err = process.communicate(timeout=60)
+  assert (process.returncode, out, err) == (0, f"{found}\n", "")
+
+
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    (
+      ["a", "--imagee=x"],
+      "--imagee: unknown flag; the nearest flag is 'image'",
+    ),
+    (["a"], "--image: missing; --help lists all flags"),
+    (["a", "--image"], "Missing value for flag --image"),
+  ],
+)
+def test_mistakes_beside_arguments(folder, words, message):
+  process = start(folder, *words, program="asking.py")
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 2 and err.startswith(f"error: {message}"), err
+  assert err.count("\n") == 1
 
 
 def test_error_of_the_program_itself(folder):

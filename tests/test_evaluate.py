@@ -107,6 +107,31 @@ def test_program_gives_what_training_gave(folder, tmp_path, name):
   assert found == expected
 
 
+def test_another_prompt_layout_must_be_chosen(folder, tmp_path):
+  shutil.copytree(folder / "run", tmp_path / "copy")
+  where = tmp_path / "copy/voco/checkpoints/60"
+  layout = {"name": "qa_v1", "version": 7}
+  (where / "layout" / "metadata").write_text(json.dumps(layout))
+  flags = ["vocojax.evaluate", f"--checkpoint={tmp_path}/copy/voco"]
+  process = runs.start_cached(folder, *flags)
+  out, err = process.communicate(timeout=280)
+  assert (process.returncode, out) == (2, "")
+  assert err == (
+    f"error: {where}: was written with prompt layout 'qa_v1' version 7, this "
+    "vocojax has version 1 of it; use the vocojax that wrote it, or choose a "
+    "layout with --layout\n"
+  )
+  process = runs.start_cached(folder, *flags, "--layout=qa_v1")
+  out, err = process.communicate(timeout=280)
+  assert process.returncode == 0, err
+  assert out.startswith("VoCo, prompt layout qa_v1: ")
+  result, answers = results(tmp_path / "copy")["voco_qa_v1"]
+  expected, expected_answers = results(folder / "run")["voco"]
+  assert answers == expected_answers
+  title = "VoCo, prompt layout qa_v1"
+  assert result == expected | {"name": "voco_qa_v1", "title": title}
+
+
 def test_sharded_weights_answer_the_same(folder, tmp_path):
   """In this process there are eight devices, and the mesh takes all."""
   loaded = checkpoint.load(str(folder / "run" / "voco"))

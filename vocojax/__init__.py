@@ -1,6 +1,24 @@
 """vocojax: vision-language models that read an image as k VoCo tokens, in JAX.
 
+  engine = vocojax.load("runs/a/voco")
+  cache = engine.compress("cat.png")
+  print(engine.ask("what color is it ?", cache))
+
 Read next: configs/easyvqa_1tok.py, then models/masks.py.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from vocojax.assemble import load as load
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+  """Imports JAX and the rest only when `vocojax.load` is first used."""
+  if name == "load":
+    from vocojax.assemble import load
+
+    return load
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

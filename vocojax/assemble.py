@@ -24,6 +24,7 @@ from vocojax.data.tokenizer import (
 )
 from vocojax.errors import CheckpointError, ConfigError, UserError
 from vocojax.evals import answers
+from vocojax.inference.engine import Engine
 from vocojax.models.compressors import StreamTokens
 from vocojax.models.vlm import VisionLanguageModel
 from vocojax.training import checkpoint, loop, sharding
@@ -139,24 +140,10 @@ def evaluate(
       f"when used as {compressor!r}; leave --compressor out"
     )
   name, title = _RESULTS[trained, compressor]
-  model_config = dataclasses.replace(
-    config.model,
-    compressor=dataclasses.replace(
-      config.model.compressor, name=cast(CompressorName, compressor)
-    ),
-  )
-  config = dataclasses.replace(config, model=model_config)
-  model = make_model(config, loaded.tokenizer)
-  mesh = sharding.make_mesh(config.mesh)
-  params, missing = checkpoint.load_params(
-    str(loaded.path), loop.abstract_params(model, mesh), config.model
-  )
-  if missing:
-    raise CheckpointError(
-      f"{loaded.path}: lacks {missing[0]} and {len(missing) - 1} more "
-      f"parameters of a {compressor!r} model; train one from it with "
-      "config.init_from"
-    )
+  if layout := loaded.chosen_layout:
+    name, title = f"{name}_{layout}", f"{title}, prompt layout {layout}"
+  config = with_compressor(config, compressor, None)
+  model, params = _load_model(loaded, config)
   source = make_source(config.data, config.evaluation.split)
   found = answers.answer_questions(
     config, model, params, loaded.tokenizer, source, title
@@ -176,6 +163,91 @@ def evaluate(
     f"{config.model.vision.num_patches} patches as {seen} token"
     f"{'s' if seen > 1 else ''}, {result['seconds']:.1f} s"
   )
+
+
+def with_compressor(
+  config: Config, name: str, num_voco_tokens: int | None
+) -> Config:
+  """The config with another compressor, or another number of VoCo tokens."""
+  changes: dict = {"name": cast(CompressorName, name)}
+  if num_voco_tokens is not None:
+    changes["num_voco_tokens"] = num_voco_tokens
+  compressor = dataclasses.replace(config.model.compressor, **changes)
+  model = dataclasses.replace(config.model, compressor=compressor)
+  return dataclasses.replace(config, model=model)
+
+
+def _load_model(loaded: checkpoint.Loaded, config: Config):
+  """The model of the config and the checkpoint's parameters.
+
+  Raises:
+    CheckpointError: it lacks some.
+  """
+  model = make_model(config, loaded.tokenizer)
+  mesh = sharding.make_mesh(config.mesh)
+  params, missing = checkpoint.load_params(
+    str(loaded.path), loop.abstract_params(model, mesh), config.model
+  )
+  if missing:
+    raise CheckpointError(
+      f"{loaded.path}: lacks {missing[0]} and {len(missing) - 1} more "
+      f"parameters of a {config.model.compressor.name!r} model; train one from "
+      "it with config.init_from"
+    )
+  return model, params
+
+
+def load(
+  checkpoint_path: str | os.PathLike,
+  *,
+  compressor: str | None = None,
+  num_voco_tokens: int | None = None,
+  layout: str = "",
+  **sizes: int,
+) -> Engine:
+  """An engine with the weights of a checkpoint; also `vocojax.load`.
+
+  Args:
+    checkpoint_path: a phase folder of a workdir, or one step of it.
+    compressor: what text sees of an image, by default what the checkpoint was
+      trained with; 'full' and 'voco' may be used for each other as bounds.
+    num_voco_tokens: at most as many as the checkpoint was trained with.
+    layout: prompt layout, by default the checkpoint's own.
+    **sizes: `slots`, `max_images`, `max_text_length`, `compress_batch` and
+      `prefill_rows` of `Engine`.
+
+  Raises:
+    CheckpointError: there is no such checkpoint, or it cannot be used so.
+    UserError: a size is too small, or `num_voco_tokens` not one it can have.
+  """
+  loaded = checkpoint.load(str(checkpoint_path), layout)
+  trained = loaded.config.model.compressor
+  name = compressor or trained.name
+  if (trained.name, name) not in _RESULTS:
+    raise CheckpointError(
+      f"{loaded.path}: trained with compressor {trained.name!r}, which says "
+      f"nothing when used as {name!r}; leave compressor out"
+    )
+  _check_num_voco_tokens(loaded, name, num_voco_tokens)
+  config = with_compressor(loaded.config, name, num_voco_tokens)
+  model, params = _load_model(loaded, config)
+  return Engine(config, model, params, loaded.tokenizer, **sizes)
+
+
+def _check_num_voco_tokens(loaded, name: str, k: int | None) -> None:
+  trained = loaded.config.model.compressor
+  if k is None or k == trained.num_voco_tokens:
+    return
+  if name != "voco":
+    raise UserError(
+      f"num_voco_tokens: found {k}, but the tokens of {name!r} cannot be "
+      "counted otherwise; leave it out"
+    )
+  if not 1 <= k <= trained.num_voco_tokens:
+    raise UserError(
+      f"num_voco_tokens: found {k}, but {loaded.path} was trained with "
+      f"{trained.num_voco_tokens}; choose 1 to {trained.num_voco_tokens}"
+    )
 
 
 def provenance(command: str) -> dict:

@@ -36,12 +36,17 @@ flags.disclaim_key_flags()
 CONFIG_FOLDER = pathlib.Path(__file__).resolve().parent.parent / "configs"
 
 
-def run(main: Callable[[], int | None], usage: str) -> NoReturn:
+def run(
+  main: Callable[..., int | None], usage: str, arguments: bool = False
+) -> NoReturn:
   """Parses the command line, calls `main` and exits with what it returns.
 
   Args:
     main: the program; None or 0 is success.
     usage: one or a few sentences for --help.
+    arguments: whether there may be arguments that are no flags, such as a
+      question; `main` is then called with a list of them. They may stand
+      before, between and after flags; after `--` all are arguments.
 
   Raises:
     SystemExit: always; status 2 for a user's mistake, 130 for Ctrl-C.
@@ -51,12 +56,18 @@ def run(main: Callable[[], int | None], usage: str) -> NoReturn:
     print(_help(usage))
     sys.exit(0)
   try:
-    _parse_flags()
+    rest = _parse_flags()
+    if arguments:
+      sys.exit(main(rest))
+    if rest:
+      raise UserError(
+        f"{' '.join(rest)}: not a flag; flags are written --name=value"
+      )
     sys.exit(main())
   except UserError as e:
     message, status = " ".join(str(e).split()), 2
-  except KeyboardInterrupt:
-    message, status = "interrupted", 130
+  except KeyboardInterrupt as e:
+    message, status = str(e) or "interrupted", 130
   print(f"error: {message}", file=sys.stderr)
   sys.exit(status)
 
@@ -184,10 +195,15 @@ def _keys(config: ml_collections.ConfigDict, prefix: str) -> Iterator[str]:
       yield from _keys(value, f"{prefix}.{name}")
 
 
-def _parse_flags() -> None:
-  """Parses sys.argv into absl's FLAGS; every mistake is a UserError."""
+def _parse_flags() -> list[str]:
+  """Parses sys.argv into absl's FLAGS; every mistake is a UserError.
+
+  Returns:
+    What is no flag.
+  """
+  flags.FLAGS.set_gnu_getopt(True)  # flags may follow what is no flag
   try:
-    rest = flags.FLAGS(sys.argv)[1:]
+    return flags.FLAGS(sys.argv)[1:]
   except flags.UnrecognizedFlagError as e:
     if e.flagname.startswith("config.") and "config" in flags.FLAGS:
       raise ConfigError(
@@ -200,10 +216,6 @@ def _parse_flags() -> None:
     ) from e
   except flags.Error as e:
     raise UserError(_reword(str(e))) from e
-  if rest:
-    raise UserError(
-      f"{' '.join(rest)}: not a flag; flags are written --name=value"
-    )
 
 
 def _reword(message: str) -> str:

@@ -158,7 +158,7 @@ class ModelConfig:
 class PromptConfig:
   """How a conversation becomes tokens: see data/prompt.py."""
 
-  layout: Literal["voco_v1", "qa_v1"]
+  layout: Literal["voco_v1", "vicuna_v1", "plain", "qa_v1"]
   strip_newlines: Literal["original", "none"]
 
 

@@ -19,3 +19,11 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
   """A checkpoint is missing, incomplete or belongs to another model."""
+
+
+class CacheError(UserError):
+  """Compressed images are damaged or cannot be used with this model."""
+
+
+class WeightsError(UserError):
+  """Published weights are incomplete, damaged or of a model we cannot hold."""

@@ -3,13 +3,15 @@
   python -m vocojax.evaluate --checkpoint=WORKDIR/voco
 
 Writes WORKDIR/evaluation/NAME.json and the answers, and the report again. With
-`--compressor=voco` on a `full` checkpoint it gives the lower bound. Read next:
-evals/answers.py.
+`--compressor=voco` on a `full` checkpoint it gives the lower bound. A
+checkpoint whose prompt layout this version lacks is refused unless `--layout`
+names one; NAME then ends in it. Read next: evals/answers.py.
 """
 
 from absl import flags, logging
 
 from vocojax import assemble, cli
+from vocojax.data import prompt
 from vocojax.evals.report import write_report
 from vocojax.training import checkpoint
 
@@ -26,11 +28,17 @@ _COMPRESSOR = flags.DEFINE_enum(
   "What text sees of the image; by default what the checkpoint was trained "
   "with.",
 )
+_LAYOUT = flags.DEFINE_enum(
+  "layout",
+  None,
+  list(prompt.LAYOUTS),
+  "Prompt layout, on purpose another than the checkpoint was trained with.",
+)
 
 
 def main() -> None:
   logging.set_verbosity(logging.WARNING)
-  loaded = checkpoint.load(_CHECKPOINT.value)
+  loaded = checkpoint.load(_CHECKPOINT.value, _LAYOUT.value or "")
   workdir = loaded.path.parents[2]
   compressor = _COMPRESSOR.value or loaded.config.model.compressor.name
   command = assemble.command_line("vocojax.evaluate")

@@ -80,12 +80,13 @@ def test_constants_are_clips():
 
 @pytest.mark.parametrize("width, height", [(900, 3), (3, 900), (5000, 30)])
 def test_long_images(width, height, monkeypatch):
-  """What is cut off is not made, and what is left differs by 1 at most."""
+  """What is cut off is not made; of what is left a few values differ by 1."""
   image = smooth(width, height)
   whole = images.preprocess(image, 112, False)
   monkeypatch.setattr(images, "_MAX_SCALED_PIXELS", 0)
   part = images.preprocess(image, 112, False)
-  assert np.abs(part.astype(int) - whole).max() <= 1
+  gap = np.abs(part.astype(int) - whole)
+  assert gap.max() <= 1 and np.count_nonzero(gap) < 1e-3 * gap.size
   monkeypatch.undo()
   longer = smooth(10000, 3)
   assert images.preprocess(longer, 336, False).shape == (336, 336, 3)

@@ -136,6 +136,27 @@ def test_text_only_row(words):
   assert not row["text_group_ids"].any() and not row["image_group_ids"].any()
 
 
+@pytest.mark.parametrize("layout", ["qa_v1", "vicuna_v1", "plain"])
+def test_several_images(words, folder, tmp_path, layout):
+  """From the JSON file on; the text is that of one image."""
+  turns = entry(3)["conversations"]
+  marked = [{"from": "human", "value": "number <image> 3 <image>?"}, turns[1]]
+  one, two = source_of(
+    tmp_path,
+    folder,
+    [entry(3), entry(3, image=["3.png", "5.png"], conversations=marked)],
+  )
+  prompts = dataclasses.replace(PROMPT, layout=layout)
+  data = dataclasses.replace(DATA, max_text_length=24)
+  encoder = pipeline.Encoder(words, prompts, data, 8)
+  rows = [encoder(x, np.random.default_rng(0)) for x in (one, two)]
+  for key in ("input_ids", "labels", "segment_ids", "text_group_ids"):
+    np.testing.assert_array_equal(rows[0][key], rows[1][key], key)
+  assert rows[0]["image_group_ids"].tolist() == [1, 0]
+  assert rows[1]["image_group_ids"].tolist() == [1, 1]
+  assert rows[1]["images"][:, 0, 0, 0].tolist() == [3, 5]
+
+
 def test_conversations_are_sampled_without_replacement(words):
   data = dataclasses.replace(DATA, conversations_per_record=3)
   encoder = pipeline.Encoder(words, PROMPT, data, 8)

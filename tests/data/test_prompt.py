@@ -124,7 +124,7 @@ def test_pieces_equal_the_whole_text(llama):
       "".join(rng.choices(alphabet, k=rng.randint(1, 12))) for _ in range(2)
     )
     ids, labels = prompt.encode(VOCO, llama, [(question, answer)], True, "none")
-    text = f"{VOCO.image_opening}USER: {question} ASSISTANT: {answer}"
+    text = f"{VOCO.image_opening}{question} ASSISTANT: {answer}"
     whole = llama.encode("\n" + text, add_special_tokens=False)
     assert ids == [*whole[len(shield) :], EOS]
     ((start, stop),) = spans(labels)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.models import builders
+from vocojax.models.cache import ImageKeyValues
 from vocojax.models.vlm import VisionLanguageModel
 
 STEPS = 8
@@ -31,40 +32,35 @@ def _jit(f):
 def _cached(vlm, params, images, image_index, prompts, lengths, shift=0):
   """Greedy decoding as the inference does it: logits [steps + 1, B, V]."""
   B, width = prompts.shape
+  K, F = len(vlm.stream.visible), image_index.shape[1]
   cache, _ = _jit(vlm.compress)(params, images)
-  place = _jit(lambda c, i: vlm.place(c, i, num_text_slots=width + STEPS))
-  cache, image_mask, start = place(cache, jnp.asarray(image_index))
-  start = start + shift
-  image_slots = image_mask.shape[1]
-  index = np.arange(width)
-  # [B, 1 + steps, width]: nobody sees the slots that pad a prompt.
-  real = index < lengths[:, None]
-  causal = index[:, None] >= index
-  mask = np.zeros((B, width, cache.keys.shape[2]), bool)
-  mask[:, :, :image_slots] = np.asarray(image_mask)[:, None]
-  mask[:, :, image_slots : image_slots + width] = causal & real[:, None]
-  extend = _jit(vlm.extend)
-  positions = start[:, None] + index
-  logits, cache = extend(
-    params,
-    jnp.asarray(prompts),
-    positions,
-    cache,
-    jnp.asarray(image_slots),
-    jnp.asarray(mask),
-  )
-  found = [np.asarray(logits)[np.arange(B), lengths - 1]]
-  # The last row of a mask is what its next token may see.
-  mask = mask[np.arange(B), lengths - 1][:, None]
-  for step in range(STEPS):
-    slot = image_slots + width + step
-    mask[:, :, slot] = True
-    token = jnp.asarray(found[-1].argmax(-1), jnp.int32)[:, None]
-    position = (start + lengths + step)[:, None]
-    logits, cache = extend(
-      params, token, position, cache, jnp.asarray(slot), jnp.asarray(mask)
+  # The images of a row go first; what its empty slots hold is never seen.
+  rows = [[i for i in row if i >= 0] for row in image_index]
+  index = np.array([row + [0] * (F - len(row)) for row in rows])
+  laid = ImageKeyValues(
+    *(
+      x[:, index].reshape(len(x), B, F * K, *x.shape[3:])
+      for x in (cache.keys, cache.values)
     )
-    found.append(np.asarray(logits)[:, 0])
+  )
+  positions = np.broadcast_to(vlm.stream.positions(F)[0], (B, F * K))
+  cache = _jit(lambda x, p: vlm.place(x, p, num_text_slots=width + STEPS))(
+    laid, jnp.asarray(positions)
+  )
+  slot = np.array([len(row) for row in rows]) * K
+  start = np.array([vlm.stream.positions(len(row))[1] for row in rows]) + shift
+  extend = _jit(vlm.extend)
+  tokens, last, found = prompts, lengths - 1, []
+  for step in range(STEPS + 1):
+    read = lengths + step - 1 if step else np.zeros_like(lengths)
+    logits, cache = extend(
+      params,
+      jnp.asarray(tokens),
+      cache,
+      *map(jnp.asarray, (slot + read, start + read, last)),
+    )
+    found.append(np.asarray(logits))
+    tokens, last = found[-1].argmax(-1)[:, None], np.zeros_like(lengths)
   return np.stack(found)
 
 

@@ -17,6 +17,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from tests.models import builders
 from vocojax.models.clip import ClipVision
 from vocojax.models.llama import Llama
+from vocojax.models.projector import Projector
 from vocojax.models.vlm import VisionLanguageModel
 from vocojax.training import state
 
@@ -306,3 +307,39 @@ def test_two_streams_equal_torch_under_the_original_mask(k, shift):
   print(f"\nk={k}, shift={shift}: {error:.1e}")
   assert (error <= TOLERANCE) == (shift == 0)
   assert shift == 0 or error > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_full_equals_torch_on_one_sequence(shift):
+  """LLaVA: text before the image too, all of it causal, positions in a row.
+
+  With `shift`, torch counts one position more before the text, and must not
+  agree.
+  """
+  prefix = (1, 9, 8, 7, 6)
+  tokens = dataclasses.replace(builders.TOKENS, prefix_ids=prefix)
+  vlm = builders.model({"compressor.name": "full"}, tokens)
+  params = builders.init(vlm)
+  T, A = 7, len(prefix) + vlm.config.vision.num_patches
+  rng = np.random.default_rng(0)
+  batch = builders.batch(rng, vlm, [((1,), [(1, T)])] * 2, T)
+  batch = jax.tree.map(jnp.asarray, batch)
+  ours = jax.jit(vlm.text_logits)(params, batch)
+
+  hf = _torch_llama(vlm.config, params["llm"])
+  features = vlm.vision.features(params["vision"], batch["images"][:, 0])
+  projector = Projector(vlm.config)
+  patches = projector.apply({"params": params["projector"]}, features)
+  embed = hf.get_input_embeddings()
+  with torch.no_grad():
+    joint = [
+      embed(torch.tensor(prefix)).expand(2, -1, -1),
+      torch.tensor(np.array(patches)),
+      embed(torch.tensor(np.array(batch["input_ids"]))),
+    ]
+    positions = torch.arange(A + T)[None] + shift * (torch.arange(A + T) >= A)
+    theirs = hf(inputs_embeds=torch.cat(joint, 1), position_ids=positions)
+  vocab = vlm.config.llm.vocab_size
+  error = _error(ours[..., :vocab], theirs.logits[:, A:])
+  print(f"\nshift={shift}: {error:.1e}")
+  assert (error <= TOLERANCE) == (shift == 0)

@@ -198,6 +198,90 @@ def test_another_model_is_refused(saved, folder):
   )
 
 
+def with_layout(saved, folder, layout):
+  """A copy of the phase whose checkpoint names another prompt layout."""
+  phase, _ = saved
+  shutil.copytree(phase.folder, folder)
+  path = folder / "checkpoints" / "3" / "layout" / "metadata"
+  assert json.loads(path.read_text()) == {"name": "qa_v1", "version": 1}
+  path.write_text(json.dumps(layout))
+  return folder / "checkpoints" / "3"
+
+
+@pytest.mark.parametrize(
+  "layout, message",
+  [
+    (
+      {"name": "qa_v1", "version": 2},
+      "was written with prompt layout 'qa_v1' version 2, this vocojax has "
+      "version 1 of it; ",
+    ),
+    (
+      {"name": "chat_v9", "version": 1},
+      "was written with prompt layout 'chat_v9' version 1, this vocojax has no "
+      "such layout; ",
+    ),
+  ],
+)
+def test_another_prompt_layout_is_refused(saved, tmp_path, layout, message):
+  phase, _ = saved
+  where = with_layout(saved, tmp_path / "run", layout)
+  with pytest.raises(CheckpointError) as e:
+    checkpoint.load(str(where))
+  assert str(e.value) == (
+    f"{where}: {message}use the vocojax that wrote it, or choose a layout with "
+    "--layout"
+  )
+  checkpoints = checkpoint.Checkpointer(
+    tmp_path / "run", phase.config, phase.tokenizer
+  )
+  with pytest.raises(CheckpointError) as e:
+    checkpoints.restore(STEP, abstract(phase), batches(phase))
+  checkpoints.close()
+  assert str(e.value) == (
+    f"{where}: {message}use another --workdir, or config.init_from to start "
+    "from its weights"
+  )
+  # Weights alone are worth something with any layout.
+  found = fresh_params(phase.model, str(where))
+  assert_equal_trees(found, random_state(phase.model).params)
+
+
+def test_a_layout_may_be_chosen(saved, tmp_path):
+  phase, _ = saved
+  own = checkpoint.load(str(phase.folder))
+  assert (own.config.prompt.layout, own.chosen_layout) == ("qa_v1", "")
+  where = with_layout(saved, tmp_path / "run", {"name": "x", "version": 1})
+  chosen = checkpoint.load(str(where), "vicuna_v1")
+  assert chosen.chosen_layout == "vicuna_v1"
+  layout = dataclasses.replace(phase.config.prompt, layout="vicuna_v1")
+  assert chosen.config == dataclasses.replace(phase.config, prompt=layout)
+
+
+def test_weights_without_a_run(saved, tmp_path):
+  """What a converter leaves: step 0 and none of a run's own items."""
+  phase, _ = saved
+  where = tmp_path / "out" / "checkpoints" / "0"
+  for item in ("params", "config", "tokenizer", "layout"):
+    shutil.copytree(phase.folder / "checkpoints" / "3" / item, where / item)
+  for path in (tmp_path / "out", where):
+    assert checkpoint.find(str(path)) == (where.parent, 0)
+    assert checkpoint.load(str(path)).config == phase.config
+    found = fresh_params(phase.model, str(path))
+    assert_equal_trees(found, random_state(phase.model).params)
+  checkpoints = checkpoint.Checkpointer(
+    tmp_path / "out", phase.config, phase.tokenizer
+  )
+  assert checkpoints.latest == 0
+  with pytest.raises(CheckpointError) as e:
+    checkpoints.restore(0, abstract(phase), batches(phase))
+  checkpoints.close()
+  assert str(e.value) == (
+    f"{where}: holds weights without a run to go on with; use another "
+    "--workdir, and config.init_from to start from them"
+  )
+
+
 def test_find(saved, folder, monkeypatch):
   phase, _ = saved
   where = phase.folder / "checkpoints"
@@ -255,7 +339,8 @@ def test_holds_config_and_tokenizer(saved, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "part", ["config", "tokenizer/metadata", "params", "params/_METADATA"]
+  "part",
+  ["config", "tokenizer/metadata", "layout", "params", "params/_METADATA"],
 )
 def test_damaged_checkpoint(saved, tmp_path, part):
   phase, _ = saved

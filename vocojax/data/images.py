@@ -5,6 +5,7 @@ are on the device, where models/clip.py normalises them.
 """
 
 import io
+import math
 import os
 import pathlib
 
@@ -17,7 +18,7 @@ from vocojax.errors import DataError
 # LLaVA pads with CLIP's mean colour: int(255 * mean) of each channel.
 _PADDING = (122, 116, 104)
 # A 10000x3 image would grow to 376 million pixels before it is cut. Above this
-# many, what is to be cut off is not made; values then differ by 1 in places.
+# many, what is to be cut off is not made; a few values then differ by 1.
 _MAX_SCALED_PIXELS = 2**24
 
 
@@ -60,7 +61,7 @@ def decode_image(
         raise Image.DecompressionBombError(
           f"{image.width}x{image.height} pixels exceed the limit of {limit}"
         )
-      return _to_rgb(image, name)
+      return to_rgb(image, name)
   except DataError:
     raise
   except UnidentifiedImageError as e:  # its message holds an address
@@ -94,19 +95,45 @@ def preprocess(
   short = min(image.size)
   width, height = (int(size * n / short) for n in image.size)
   left, top = (width - size) // 2, (height - size) // 2
-  bicubic = Image.Resampling.BICUBIC
   if width * height <= _MAX_SCALED_PIXELS:
-    image = image.resize((width, height), bicubic)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.array(image.crop((left, top, left + size, top + size)))
-  # Scale only what the cut keeps, rows first, as Pillow would.
-  x, y = image.width / width, image.height / height
-  box = (left * x, 0, (left + size) * x, image.height)
-  image = image.resize((size, image.height), bicubic, box)
-  box = (0, top * y, size, (top + size) * y)
-  return np.array(image.resize((size, size), bicubic, box))
+  for axis, (length, start) in enumerate(((width, left), (height, top))):
+    image = _scale_window(image, axis, length, start, size)
+  return np.array(image)
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _scale_window(
+  image: Image.Image, axis: int, length: int, start: int, size: int
+) -> Image.Image:
+  """Scales one axis to `length`, but makes only `size` pixels from `start`.
+
+  Pillow too scales columns before rows. It keeps the ends of a box in single
+  precision, so the box is counted from a cut nearby, not from the far edge.
+  """
+  scale = image.size[axis] / length
+  margin = 2 * max(scale, 1) + 1  # bicubic reads that far beyond
+  begin, end = start * scale, (start + size) * scale
+  cut = [0, 0, *image.size]
+  cut[axis] = max(0, math.floor(begin - margin))
+  cut[axis + 2] = min(image.size[axis], math.ceil(end + margin))
+  image = image.crop((cut[0], cut[1], cut[2], cut[3]))
+  box, scaled = [0.0, 0.0, *map(float, image.size)], [*image.size]
+  box[axis], box[axis + 2] = begin - cut[axis], end - cut[axis]
+  scaled[axis] = size
+  return image.resize(
+    (scaled[0], scaled[1]),
+    Image.Resampling.BICUBIC,
+    (box[0], box[1], box[2], box[3]),
+  )
+
+
+def to_rgb(image: Image.Image, name: str) -> Image.Image:
+  """An opened image upright and in RGB, as `decode_image` describes it.
+
+  Raises:
+    DataError: its pixels have no known range.
+  """
   image.load()
   if image.mode in ("I", "F"):
     raise DataError(

@@ -3,8 +3,9 @@
 A layout has a name and a version, both stored in checkpoints, because weights
 only make sense with the layout they were trained on. Read next: pipeline.py.
 
-  image stream   <s> [patches] stream_suffix [VoCo tokens]
-  text stream    opening question_start Q question_end answer_start A </s> ...
+  image stream   <s> stream_prefix [patches] stream_suffix [VoCo tokens]
+  text stream    image_opening Q question_end answer_start A </s>
+                 question_start Q question_end answer_start A </s> ...
 
 Every piece is tokenised by itself and labelled as it is laid down, so a label
 never depends on counting the tokens of a longer text again. Pieces meet at a
@@ -31,24 +32,37 @@ class Layout:
   Attributes:
     name: key of `LAYOUTS`, and of `config.prompt.layout`.
     version: counts up whenever the ids it gives change.
+    stream_prefix: between `<s>` and the patches, of every image; tokenised as
+      the beginning of a text.
     stream_suffix: between the patches and the VoCo tokens; tokenised as the
       beginning of a text.
-    image_opening: before the first question of a conversation with images;
-      tokenised as the continuation of a text.
+    cut_at_image: whether the text stream is tokenised as a text of its own, as
+      LLaVA does by cutting its text at the image, or as a continuation.
+    image_opening: before the first question of a conversation with images.
     text_opening: the same of a conversation without images, after `<s>`;
       tokenised as the beginning of a text.
-    question_start, question_end: around every question.
-    answer_start: before every answer; `</s>` follows the answer.
+    question_start: before every later question; None leaves out all questions
+      and what is around them.
+    question_end: after every question.
+    answer_start: before every answer.
+    answer_end: after every answer; None is `</s>`.
   """
 
   name: str
   version: int
+  stream_prefix: str
   stream_suffix: str
+  cut_at_image: bool
   image_opening: str
   text_opening: str
-  question_start: str
+  question_start: str | None
   question_end: str
   answer_start: str
+  answer_end: str | None
+
+  def stamp(self) -> dict[str, str | int]:
+    """What a checkpoint stores of it."""
+    return {"name": self.name, "version": self.version}
 
 
 # The system text of the original, which says "of the image" in conversations
@@ -58,6 +72,7 @@ _VOCO_SYSTEM = (
   "the image. The assistant gives helpful, detailed, and polite answers to "
   "the user's questions. "
 )
+_VICUNA_SYSTEM = _VOCO_SYSTEM.replace(" of the image", "")
 
 LAYOUTS = {
   layout.name: layout
@@ -67,23 +82,59 @@ LAYOUTS = {
     Layout(
       name="voco_v1",
       version=1,
+      stream_prefix="",
       stream_suffix="\n",
-      image_opening="\n" + _VOCO_SYSTEM,
-      text_opening=_VOCO_SYSTEM,
+      cut_at_image=False,
+      image_opening="\n" + _VOCO_SYSTEM + "USER: ",
+      text_opening=_VOCO_SYSTEM + "USER: ",
       question_start="USER: ",
       question_end=" ASSISTANT:",
       answer_start=" ",
+      answer_end=None,
+    ),
+    # LLaVA-1.5 (conv_templates "vicuna_v1", commit c121f04): the system text
+    # stands before the image, so it belongs to the image stream.
+    Layout(
+      name="vicuna_v1",
+      version=1,
+      stream_prefix=_VICUNA_SYSTEM + "USER: ",
+      stream_suffix="",
+      cut_at_image=True,
+      image_opening="\n",
+      text_opening=_VICUNA_SYSTEM + "USER: ",
+      question_start="USER: ",
+      question_end=" ASSISTANT:",
+      answer_start=" ",
+      answer_end=None,
+    ),
+    # LLaVA's alignment of the projector (conv_templates "plain"): a caption
+    # right after the patches, and no </s>.
+    Layout(
+      name="plain",
+      version=1,
+      stream_prefix="",
+      stream_suffix="",
+      cut_at_image=True,
+      image_opening="",
+      text_opening="",
+      question_start=None,
+      question_end="",
+      answer_start="",
+      answer_end="\n",
     ),
     # A bare question and answer, for models that know one task.
     Layout(
       name="qa_v1",
       version=1,
+      stream_prefix="",
       stream_suffix="",
+      cut_at_image=False,
       image_opening="",
       text_opening="",
       question_start="",
       question_end="",
       answer_start=" ",
+      answer_end=None,
     ),
   )
 }
@@ -93,8 +144,9 @@ def stream_ids(
   layout: Layout, tokenizer: transformers.PreTrainedTokenizerFast
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """Ids of the image stream before the patches, and between them and VoCo."""
+  prefix = _tokenize(tokenizer, layout.stream_prefix, continues=False)
   suffix = _tokenize(tokenizer, layout.stream_suffix, continues=False)
-  return (tokenizer.bos_token_id,), tuple(suffix)
+  return (tokenizer.bos_token_id, *prefix), tuple(suffix)
 
 
 def encode(
@@ -106,8 +158,8 @@ def encode(
 ) -> tuple[list[int], list[int]]:
   """Ids and labels of a conversation's text stream.
 
-  Labels are `IGNORE` except on the answers and the `</s>` after each. They
-  are not shifted: `labels[i]` is `ids[i]` where it is trained.
+  Labels are `IGNORE` except on the answers and what ends each. They are not
+  shifted: `labels[i]` is `ids[i]` where it is trained.
 
   Args:
     layout: one of `LAYOUTS`.
@@ -118,6 +170,9 @@ def encode(
       stream. If not, it begins with `<s>`.
     strip_newlines: 'original' deletes all newlines of the questions and
       answers of a conversation with images, as the released code does.
+
+  Raises:
+    DataError: the last answer is None in a layout without questions.
   """
   ids: list[int] = []
   labels: list[int] = []
@@ -128,23 +183,35 @@ def encode(
 
   if not has_image:
     lay([tokenizer.bos_token_id], trained=False)
-  opening = layout.image_opening if has_image else layout.text_opening
+  continues = has_image and not layout.cut_at_image
   strip = has_image and strip_newlines == "original"
+  start = layout.image_opening if has_image else layout.text_opening
   for i, (question, answer) in enumerate(turns):
-    question = _clean(question, strip)
-    text = layout.question_start + question + layout.question_end
-    if i == 0:
-      text = opening + text
-    continues = has_image or i > 0
-    lay(_tokenize(tokenizer, text, continues), trained=False)
+    if layout.question_start is not None:
+      text = start + _clean(question, strip) + layout.question_end
+      lay(_tokenize(tokenizer, text, continues), trained=False)
+      start, continues = layout.question_start, True
     if answer is None:
-      if i + 1 < len(turns):
-        raise ValueError(f"turn {i} of {len(turns)} has no answer")
+      _check_open(layout, i, len(turns))
       break
-    answer = layout.answer_start + _clean(answer, strip)
-    lay(_tokenize(tokenizer, answer, continues=True), trained=True)
-    lay([tokenizer.eos_token_id], trained=True)
+    text = layout.answer_start + _clean(answer, strip)
+    text += layout.answer_end or ""
+    lay(_tokenize(tokenizer, text, continues), trained=True)
+    continues = True
+    if layout.answer_end is None:
+      lay([tokenizer.eos_token_id], trained=True)
   return ids, labels
+
+
+def _check_open(layout: Layout, turn: int, num_turns: int) -> None:
+  """Whether a turn may be left without an answer."""
+  if turn + 1 < num_turns:
+    raise ValueError(f"turn {turn} of {num_turns} has no answer")
+  if layout.question_start is None:
+    raise DataError(
+      f"prompt layout {layout.name!r}: leaves out questions, so none can be "
+      "asked; choose another, such as --layout=vicuna_v1"
+    )
 
 
 def _clean(text: str, strip_newlines: bool) -> str:
@@ -159,16 +226,18 @@ def _tokenize(
 ) -> list[int]:
   """Ids of `text` alone; what looks like a special token in it is plain text.
 
-  LLaMA's tokenizer puts a space before whatever it is given. Where `text`
-  continues another, that space must not be there. A newline in front shields
-  `text` from it, since no LLaMA token spans a newline; its ids then come off.
+  LLaMA's tokenizer puts a space before whatever it is given (but for some
+  texts that begin with one, if it was made from a tokenizer.model). Where
+  `text` continues another, that space must not be there. A newline in front
+  shields `text` from it, since no LLaMA token spans a newline; its ids then
+  come off.
   """
   if not text:
     return []
-  shield = _shield(tokenizer) if continues else []
+  shield = _shield(tokenizer)
   if len(shield) < 2:  # nothing is put in front by this tokenizer
     return _plain(tokenizer, text)
-  ids = _plain(tokenizer, "\n" + text)
+  ids = _plain(tokenizer, "\n" + ("" if continues else " ") + text)
   if ids[: len(shield)] != shield:
     raise DataError(
       f"tokenizer {tokenizer.name_or_path}: joins a newline with the text "

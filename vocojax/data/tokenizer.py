@@ -9,6 +9,7 @@ import os
 import pathlib
 from collections.abc import Iterable
 
+import sentencepiece
 import tokenizers
 import transformers
 from tokenizers import models, pre_tokenizers
@@ -29,8 +30,9 @@ def load_tokenizer(
   for LLaMA. A missing padding token becomes the unknown token, as in LLaVA.
 
   Raises:
-    DataError: the folder or a file is missing or cannot be read, or there is
-      no begin-of-text or end-of-text token.
+    DataError: the folder or a file is missing or cannot be read, there is no
+      begin-of-text or end-of-text token, or transformers makes something else
+      of a lone `tokenizer.model`.
   """
   folder = pathlib.Path(folder).expanduser()
   remedy = (
@@ -65,6 +67,7 @@ def load_tokenizer(
         f"tokenizer folder {folder}: no {key}; name one in "
         "tokenizer_config.json"
       )
+  _check_converted(folder, tokenizer)
   # Some files ask for it; prompt.py lays down whole texts.
   tokenizer.backend_tokenizer.no_truncation()
   tokenizer.backend_tokenizer.no_padding()
@@ -74,6 +77,24 @@ def load_tokenizer(
     token = transformers.AddedToken(VOCO_TOKEN, special=True, normalized=False)
     tokenizer.add_tokens([token], special_tokens=True)
   return tokenizer
+
+
+def _check_converted(folder: pathlib.Path, tokenizer) -> None:
+  """Without the name of its class, transformers misreads a tokenizer.model."""
+  if (folder / _FILES[0]).is_file():
+    return
+  text = "A chat between two"
+  path = str(folder / _FILES[1])
+  own = sentencepiece.SentencePieceProcessor(model_file=path).encode(text)
+  backend = tokenizer.backend_tokenizer
+  found = backend.encode(text, add_special_tokens=False).ids
+  if found != own:
+    raise DataError(
+      f"tokenizer folder {folder}: {_FILES[1]} as transformers reads it gives "
+      f"{found} for {text!r}, expected {own} as sentencepiece gives; put a "
+      "tokenizer_config.json with its tokenizer_class (LlamaTokenizer) beside "
+      "it"
+    )
 
 
 def build_word_level(

@@ -1,11 +1,10 @@
 """Asks a model every question of a split and compares its answers as strings.
 
-Read next: inference/generate.py, report.py (which reads what is written here).
+Read next: inference/engine.py, report.py (which reads what is written here).
 """
 
 import collections
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -20,12 +19,13 @@ import transformers
 from absl import logging
 
 from vocojax.config import Config
-from vocojax.data import pipeline, prompt
+from vocojax.data import pipeline
 from vocojax.data.sources import Record, Source
-from vocojax.inference.generate import generate
+from vocojax.inference.engine import Engine, Request
 from vocojax.models.vlm import VisionLanguageModel
 
-ROWS_PER_RECORD = 8  # text rows in one call, for each record of a batch
+SLOTS_PER_RECORD = 8  # questions answered at once, for each record of a batch
+PREFILLS = 4  # prompts are read in so many parts; fewer fill up more slowly
 KEPT_IMAGES = 8  # records whose attention is kept, from the first
 KEPT_WRONG = 4  # further records, of those with a wrong answer
 
@@ -38,7 +38,8 @@ class Evaluation:
     predictions: one dict a question: record_id, question, answer, prediction,
       category.
     seconds: compression and answering, without compilation.
-    kept: images, attention [L, H, K, patches] and id of some records.
+    kept: image, attention [L, H, K, patches] and id of some records, where the
+      compressor is 'voco'.
   """
 
   predictions: list[dict[str, str]]
@@ -57,6 +58,16 @@ def category(question: str, answer: str) -> str:
   return "color" if "color" in question else "shape"
 
 
+@dataclasses.dataclass
+class _Asked:
+  """A question on its way."""
+
+  record_id: str
+  question: str
+  truth: str
+  prediction: str = ""
+
+
 def answer_questions(
   config: Config,
   model: VisionLanguageModel,
@@ -70,21 +81,22 @@ def answer_questions(
   Each conversation's first question is asked; its answer is the truth.
   """
   evaluation = config.evaluation
-  batch = evaluation.batch_size
-  rows = batch * ROWS_PER_RECORD
-  compress = jax.jit(model.compress)
-  answer = jax.jit(
-    functools.partial(
-      generate,
-      model,
-      max_new_tokens=evaluation.max_new_tokens,
-      eos_token_id=tokenizer.eos_token_id,
-    )
+  slots = evaluation.batch_size * SLOTS_PER_RECORD
+  engine = Engine(
+    config,
+    model,
+    params,
+    tokenizer,
+    slots=slots,
+    max_images=config.data.max_images,
+    max_text_length=config.data.max_text_length + evaluation.max_new_tokens,
+    compress_batch=evaluation.batch_size * config.data.max_images,
+    prefill_rows=-(-slots // PREFILLS),
   )
-  predictions, kept = [], []
   total = min(len(source), evaluation.max_records or len(source))
-  seconds = 0.0
-  warm = False
+  batches = _batches(config, source, total)
+  asked: list[_Asked] = []
+  kept: list[tuple[str, np.ndarray]] = []
   bar = tqdm.tqdm(
     total=total,
     desc=f"answers of {title}",
@@ -92,119 +104,107 @@ def answer_questions(
     mininterval=1 if sys.stderr.isatty() else 20,
     dynamic_ncols=True,
   )
-  for records, images in _batches(config, source, total):
-    padding = batch - len(images)
-    images = np.pad(images, ((0, padding), *[(0, 0)] * 4))
+  seconds = 0.0
+  for number, (records, images) in enumerate(batches):
+    if number == 0:  # compile outside the measured time
+      _answer(engine, records, images, evaluation.max_new_tokens)
     started = time.perf_counter()
-    cache, weights = compress(params, images.reshape(-1, *images.shape[2:]))
-    asked = _prompts(config, tokenizer, records)
-    outputs = []
-    for first in range(0, len(asked), rows):
-      arrays = _rows(config, tokenizer, asked[first : first + rows], rows)
-      if not warm:  # compile outside the measured time
-        jax.block_until_ready(answer(params, cache, *arrays))
-        started = time.perf_counter()
-        jax.block_until_ready(
-          compress(params, images.reshape(-1, *images.shape[2:]))
-        )
-        warm = True
-      outputs.append(np.asarray(answer(params, cache, *arrays)))
+    found = _answer(engine, records, images, evaluation.max_new_tokens)
     seconds += time.perf_counter() - started
-    texts = _decode(tokenizer, np.concatenate(outputs)[: len(asked)])
-    found = [
-      {
-        "record_id": records[i].id,
-        "question": question,
-        "answer": truth,
-        "prediction": text,
-        "category": category(question, truth),
-      }
-      for (i, question, truth, _), text in zip(asked, texts, strict=True)
-    ]
-    _keep(kept, records, images, weights, model, found)
-    predictions += found
+    _keep(kept, records, images, found)
+    asked += found
     bar.update(len(records))
   bar.close()
-  return Evaluation(predictions, seconds, kept)
+  return Evaluation(
+    [
+      {
+        "record_id": a.record_id,
+        "question": a.question,
+        "answer": a.truth,
+        "prediction": a.prediction,
+        "category": category(a.question, a.truth),
+      }
+      for a in asked
+    ],
+    seconds,
+    _attention(model, params, kept),
+  )
 
 
 def _batches(
   config: Config, source: Source, total: int
-) -> Iterator[tuple[list[Record], np.ndarray]]:
-  """Records in order with their images uint8 [records, F, S, S, 3]."""
-  data = config.data
+) -> Iterator[tuple[list[Record], list[np.ndarray]]]:
+  """Records in order with their images, uint8 [F, S, S, 3] each."""
   records, images = [], []
   pairs = pipeline.eval_records(
-    source, config.model.vision.image_size, data, logging.warning
+    source, config.model.vision.image_size, config.data, logging.warning
   )
   for number, (record, pixels) in enumerate(pairs):
     if number == total:
       break
-    slots = data.max_images - len(pixels)
     records.append(record)
-    images.append(np.pad(pixels, ((0, slots), *[(0, 0)] * 3)))
+    images.append(pixels)
     if len(records) == config.evaluation.batch_size:
-      yield records, np.stack(images)
+      yield records, images
       records, images = [], []
   if records:
-    yield records, np.stack(images)
+    yield records, images
 
 
-def _prompts(config, tokenizer, records):
-  """(index in batch, question, truth, (ids, number of images)) each."""
-  asked = []
-  for i, record in enumerate(records):
+def _answer(
+  engine: Engine,
+  records: list[Record],
+  images: list[np.ndarray],
+  max_new_tokens: int,
+) -> list[_Asked]:
+  """All questions of a batch of records, answered."""
+  flat = [image for pixels in images for image in pixels]
+  cache = engine.compress(flat) if flat else None
+  asked, requests, first = [], [], 0
+  for record, pixels in zip(records, images, strict=True):
+    own = range(first, first + len(pixels))
+    first += len(pixels)
+    one = cache.select(own) if cache is not None and own else None
     for conversation in record.conversations:
       question, truth = conversation[0]
-      ids, _ = prompt.encode(
-        prompt.LAYOUTS[config.prompt.layout],
-        tokenizer,
-        [(question, None)],
-        has_image=bool(record.images),
-        strip_newlines=config.prompt.strip_newlines,
+      asked.append(_Asked(record.id, question, truth))
+      requests.append(
+        Request([(question, None)], one, max_new_tokens=max_new_tokens)
       )
-      asked.append((i, question, truth, (ids, len(record.images))))
+  for index, result in engine.generate(requests):
+    asked[index].prediction = result.text
   return asked
 
 
-def _rows(config, tokenizer, asked, rows: int):
-  """image_index [rows, F], prompt_ids [rows, T] and prompt_lengths [rows].
-
-  T is rounded up to a multiple of 16, so that few programs are compiled.
-  """
-  F = config.data.max_images
-  longest = max(len(ids) for *_, (ids, _) in asked)
-  T = -(-longest // 16) * 16
-  index = np.full((rows, F), -1, np.int32)
-  ids = np.full((rows, T), tokenizer.pad_token_id, np.int32)
-  lengths = np.ones(rows, np.int32)
-  for row, (i, _, _, (tokens, images)) in enumerate(asked):
-    index[row, :images] = i * F + np.arange(images)
-    ids[row, : len(tokens)] = tokens
-    lengths[row] = len(tokens)
-  return index, ids, lengths
+def _keep(
+  kept: list[tuple[str, np.ndarray]],
+  records: list[Record],
+  images: list[np.ndarray],
+  found: list[_Asked],
+) -> None:
+  """Keeps the image of the first records, then of some with a wrong answer."""
+  wrong = {a.record_id for a in found if a.truth != a.prediction}
+  for record, pixels in zip(records, images, strict=True):
+    room = KEPT_IMAGES + (KEPT_WRONG if record.id in wrong else 0)
+    if len(pixels) and len(kept) < room:
+      kept.append((record.id, pixels[0]))
 
 
-def _decode(tokenizer, tokens: np.ndarray) -> list[str]:
-  texts = []
-  for row in tokens.tolist():
-    if tokenizer.eos_token_id in row:
-      row = row[: row.index(tokenizer.eos_token_id)]
-    texts.append(tokenizer.decode(row, skip_special_tokens=True).strip())
-  return texts
-
-
-def _keep(kept, records, images, weights, model, found) -> None:
-  """Keeps the first records, then some with a wrong answer."""
-  wrong = {p["record_id"] for p in found if p["answer"] != p["prediction"]}
+def _attention(
+  model: VisionLanguageModel, params, kept: list[tuple[str, np.ndarray]]
+) -> list[tuple[np.ndarray, np.ndarray, str]]:
+  """`Evaluation.kept` of some images."""
+  if not kept or model.config.compressor.name != "voco":
+    return []
+  images = np.stack([pixels for _, pixels in kept])
+  _, weights = jax.jit(model.compress)(params, images)
   before = len(model.stream.before)
   patches = slice(before, before + model.stream.num_image_tokens)
-  for i, record in enumerate(records):
-    first = len(kept) < KEPT_IMAGES
-    if first or (record.id in wrong and len(kept) < KEPT_IMAGES + KEPT_WRONG):
-      slot = i * images.shape[1]
-      attention = np.asarray(weights[:, slot, :, :, patches], np.float32)
-      kept.append((images[i, 0], attention, record.id))
+  attention = np.asarray(weights[..., patches], np.float32)
+  return [
+    (images[i], attention[:, i], record_id)
+    for i, (record_id, _) in enumerate(kept)
+  ]
 
 
 def write(
@@ -243,7 +243,7 @@ def write(
   }
   lines = [json.dumps(p) + "\n" for p in evaluation.predictions]
   _write(folder / f"{name}.predictions.jsonl", "".join(lines).encode())
-  if name == "voco":
+  if name == "voco" and evaluation.kept:
     images, attention, ids = zip(*evaluation.kept, strict=True)
     part = folder / "attention.part.npz"
     np.savez(

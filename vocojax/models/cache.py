@@ -8,6 +8,7 @@ import dataclasses
 import functools
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 
@@ -25,8 +26,8 @@ class ImageKeyValues:
   bfloat16, against 302 MB for its 576 patches.
   """
 
-  keys: Float[Array, "L N K G P"]
-  values: Float[Array, "L N K G P"]
+  keys: Float[Array | np.ndarray, "L N K G P"]
+  values: Float[Array | np.ndarray, "L N K G P"]
 
   @property
   def nbytes_per_image(self) -> int:
@@ -40,7 +41,10 @@ class ImageKeyValues:
 )
 @dataclasses.dataclass(frozen=True)
 class TextCache:
-  """Rotated keys and values of a text row: images first, then its tokens."""
+  """Rotated keys and values of text rows: images first, then its tokens.
 
-  keys: Float[Array, "L B S G P"]
-  values: Float[Array, "L B S G P"]
+  One array a layer, so that a layer is written to in place.
+  """
+
+  keys: list[Float[Array, "B G S P"]]
+  values: list[Float[Array, "B G S P"]]

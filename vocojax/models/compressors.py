@@ -20,7 +20,7 @@ import math
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vocojax.config import ModelConfig
 from vocojax.errors import ConfigError
@@ -54,6 +54,17 @@ class ImageStream:
   def visible_mask(self) -> np.ndarray:
     """bool [A]."""
     return np.isin(np.arange(self.length), self.visible)
+
+  def positions(self, num_images: int) -> tuple[Int[np.ndarray, " FK"], int]:
+    """Where the visible tokens of so many images are in a text's past.
+
+    Returns:
+      Their positions, and that of the first text token; see masks.py.
+    """
+    shifts = self.stride * np.arange(num_images)
+    positions = shifts[:, None] + np.asarray(self.visible)
+    start = self.length + self.stride * (num_images - 1) if num_images else 0
+    return positions.reshape(-1), start
 
   def embed(
     self, image_tokens: Float[Array, "N I D"], embed_tokens

@@ -64,19 +64,32 @@ def init_stack(layer, key, num_layers: int, *inputs):
   return jax.vmap(lambda k: layer.init(k, *inputs)["params"])(keys)
 
 
+def unstack(stacked) -> list:
+  """Weights stacked on axis 0 to a list with one tree a layer.
+
+  XLA on CPU copies each layer's weights out of a stack before it uses them,
+  which costs a decoding step more than the step itself. A list stays one.
+  """
+  if isinstance(stacked, list):
+    return stacked
+  num_layers = len(jax.tree.leaves(stacked)[0])
+  return [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(num_layers)]
+
+
 def run_stack(body, carry, stacked, config: ModelConfig):
   """`jax.lax.scan` of `body(carry, slice) -> (carry, y)` over axis 0.
 
   Recomputes as `config.remat` says. `config.scan_layers=False` unrolls, so that
-  the compiler drops what the last layer computes for nobody.
+  the compiler drops what the last layer computes for nobody; so does a list
+  from `unstack`.
   """
   if config.remat != "none":
     body = jax.checkpoint(body, policy=_REMAT_POLICIES[config.remat])
-  if config.scan_layers:
+  if config.scan_layers and not isinstance(stacked, list):
     return jax.lax.scan(body, carry, stacked)
   outputs = []
-  for i in range(len(jax.tree.leaves(stacked)[0])):
-    carry, y = body(carry, jax.tree.map(lambda a, i=i: a[i], stacked))
+  for layer in unstack(stacked):
+    carry, y = body(carry, layer)
     outputs.append(y)
   return carry, jax.tree.map(lambda *ys: jnp.stack(ys), *outputs)
 

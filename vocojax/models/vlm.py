@@ -15,7 +15,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, Shaped, UInt8
+from jaxtyping import Array, Float, Float32, Int, Shaped, UInt8
 
 from vocojax.config import ModelConfig
 from vocojax.models import attention, layers, masks
@@ -53,6 +53,16 @@ class VisionLanguageModel:
   @property
   def stream(self) -> ImageStream:
     return image_stream(self.config, self.tokens)
+
+  def stream_of(self, num_visible: int) -> ImageStream:
+    """The image stream that shows text so many tokens, as after a cut."""
+    compressor = self.config.compressor
+    if compressor.name != "voco" or num_visible == len(self.stream.visible):
+      return self.stream
+    k = num_visible - compressor.text_sees_bos
+    compressor = dataclasses.replace(compressor, num_voco_tokens=k)
+    config = dataclasses.replace(self.config, compressor=compressor)
+    return image_stream(config, self.tokens)
 
   def init(self, key) -> dict:
     """Random parameters."""
@@ -220,82 +230,81 @@ class VisionLanguageModel:
 
   def place(
     self,
-    cache: ImageKeyValues,
-    image_index: Int[Array, "B F"],
+    images: ImageKeyValues,
+    positions: Int[Array, "B C"],
     num_text_slots: int,
-  ) -> tuple[TextCache, Bool[Array, "B FK"], Int[Array, " B"]]:
-    """Lays cached images before a text, rotated to their positions.
+  ) -> TextCache:
+    """Lays the images of each row before its text, rotated to their positions.
 
     Args:
-      cache: of N images.
-      image_index: which of them each row sees, in order; -1 for an empty slot.
-      num_text_slots: room for text tokens after the images.
-
-    Returns:
-      The text cache, which of its first F*K slots hold an image, and the
-      position of the first text token of each row.
+      images: [L, B, C, G, P]: the visible tokens of a row's images, one image
+        after the other; what follows them is written over by `extend`.
+      positions: of these tokens, from `ImageStream.positions`.
+      num_text_slots: room for text tokens after C.
     """
-    stream = self.stream
-    F, K = image_index.shape[1], len(stream.visible)
-    present = image_index >= 0
-    groups = present.astype(jnp.int32)
-    offsets = masks.image_offsets(groups, stream.stride)
-    positions = offsets[:, :, None] + np.asarray(stream.visible)
 
     def lay(x):
-      x = x[:, image_index]  # [L, B, F, K, G, P]
-      return x.reshape(*x.shape[:2], F * K, *x.shape[4:])
+      x = x.swapaxes(1, 2)
+      return jnp.pad(x, ((0, 0), (0, 0), (0, num_text_slots), (0, 0)))
 
-    def widen(x):
-      return jnp.pad(x, ((0, 0), (0, 0), (0, num_text_slots), (0, 0), (0, 0)))
-
-    flat_positions = positions.reshape(len(present), -1)
-    keys = jax.vmap(lambda k: self.llm.rotate(k, flat_positions))(
-      lay(cache.keys)
-    )
-    num_images = jnp.sum(groups, axis=1)
-    start = jnp.where(
-      num_images > 0, stream.length + (num_images - 1) * stream.stride, 0
-    )
-    return (
-      TextCache(widen(keys), widen(lay(cache.values))),
-      jnp.repeat(present, K, axis=1),
-      start,
+    return TextCache(
+      [lay(self.llm.rotate(x, positions)) for x in images.keys],
+      [lay(x) for x in images.values],
     )
 
   def extend(
     self,
     params,
     input_ids: Int[Array, "B T"],
-    position_ids: Int[Array, "B T"],
     cache: TextCache,
-    slot: Int[Array, ""],
-    mask: Bool[Array, "B T S"],
-  ) -> tuple[Float32[Array, "B T V"], TextCache]:
-    """Stage 2: reads T more tokens of each row, written from `slot` on.
+    slot: Int[Array, " B"],
+    position: Int[Array, " B"],
+    last: Int[Array, " B"],
+  ) -> tuple[Float32[Array, "B V"], TextCache]:
+    """Stage 2: reads T more tokens of each row.
 
     Args:
-      params: as `init` returns them.
-      input_ids: the tokens.
-      position_ids: their positions.
-      cache: of S slots, those before `slot` filled.
-      slot: where the first of the tokens goes, the same for all rows.
-      mask: which of the S slots each token may attend to.
+      params: as `init` returns them; fastest with `layers.unstack`.
+      input_ids: the tokens, padded on the right.
+      cache: with the first `slot` slots of each row filled.
+      slot: where the first of a row's tokens goes.
+      position: of the first of a row's tokens.
+      last: index of the token whose logits are returned, the row's last.
+
+    Returns:
+      Logits of one token of each row, and the cache with all of them. Donate
+      the old one, and it is written to in place.
     """
     llm = self.llm
+    B, T = input_ids.shape
     x = llm.embed(params["llm"], input_ids)
-
-    def body(x, layer):
-      layer_params, keys, values = layer
+    positions = position[:, None] + jnp.arange(T)
+    new = TextCache([], [])
+    for layer_params, keys, values in zip(
+      layers.unstack(params["llm"]["layers"]),
+      cache.keys,
+      cache.values,
+      strict=True,
+    ):
       q, k, v = llm.qkv(layer_params, x)
-      k = llm.rotate(k, position_ids)
-      keys = jax.lax.dynamic_update_slice_in_dim(keys, k, slot, axis=1)
-      values = jax.lax.dynamic_update_slice_in_dim(values, v, slot, axis=1)
-      q = llm.rotate(q, position_ids)
-      attended = attention.attend(q, keys, values, mask)
-      return llm.output(layer_params, x, attended), (keys, values)
+      keys = _write(keys, llm.rotate(k, positions), slot)
+      values = _write(values, v, slot)
+      q = llm.rotate(q, positions)
+      attended = attention.attend_cached(q, keys, values, slot)
+      x = llm.output(layer_params, x, attended)
+      new.keys.append(keys)
+      new.values.append(values)
+    return llm.logits(params["llm"], x[jnp.arange(B), last]), new
 
-    x, (keys, values) = layers.run_stack(
-      body, x, (params["llm"]["layers"], cache.keys, cache.values), self.config
+
+def _write(
+  cached: Float[Array, "B G S P"],
+  tokens: Float[Array, "B T G P"],
+  slot: Int[Array, " B"],
+) -> Float[Array, "B G S P"]:
+  """Puts the T tokens of each row from its slot on."""
+  return jax.vmap(
+    lambda row, new, first: jax.lax.dynamic_update_slice(
+      row, new, (0, first, 0)
     )
-    return llm.logits(params["llm"], x), TextCache(keys, values)
+  )(cached, tokens.swapaxes(1, 2), slot)

@@ -1,9 +1,11 @@
 """Checkpoints: all that a run is, in one folder. Read next: `loop.py`.
 
 PHASE/checkpoints/STEP holds `params`, `optimizer` (state and step), `data` (the
-Grain iterator), `config`, `tokenizer` (its files) and `progress` (metrics that
-are summed but not logged yet). Orbax writes them in the background and renames
-the folder when it is complete, so a half-written one is never picked up.
+Grain iterator), `config`, `tokenizer` (its files), `layout` (name and version
+of the prompt layout) and `progress` (metrics that are summed but not logged
+yet). Orbax writes them in the background and renames the folder when it is
+complete, so a half-written one is never picked up. Whoever only wants weights
+needs `params`, `config`, `tokenizer` and `layout`.
 """
 
 import contextlib
@@ -19,6 +21,7 @@ import transformers
 from etils import epath
 
 from vocojax.config import Config, ModelConfig
+from vocojax.data import prompt
 from vocojax.data.tokenizer import load_tokenizer
 from vocojax.errors import CheckpointError
 from vocojax.training import state
@@ -32,7 +35,7 @@ def _steps(folder: pathlib.Path) -> list[int]:
   return sorted(ocp.utils.checkpoint_steps(folder))
 
 
-def _read_json(folder: pathlib.Path, item: str) -> dict:
+def read_json(folder: pathlib.Path, item: str) -> dict:
   with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
     return reader.restore(folder / item)
 
@@ -48,6 +51,7 @@ class Checkpointer:
   ):
     self._folder = phase / FOLDER
     self._config = config
+    self._layout = prompt.LAYOUTS[config.prompt.layout]
     self._tokenizer = _tokenizer_files(tokenizer)
     self._manager = ocp.CheckpointManager(
       self._folder.absolute(),
@@ -78,6 +82,7 @@ class Checkpointer:
         data=grain.checkpoint.CheckpointSave(iterator),
         config=ocp.args.JsonSave(json.loads(self._config.to_json())),
         tokenizer=ocp.args.JsonSave(self._tokenizer),
+        layout=ocp.args.JsonSave(self._layout.stamp()),
         # A copy: it is written later, while the original counts on.
         progress=ocp.args.JsonSave(dict(progress)),
       ),
@@ -87,10 +92,23 @@ class Checkpointer:
     """The state laid out as `abstract`, and the progress; sets the iterator.
 
     Raises:
-      CheckpointError: the checkpoint belongs to another model or data order.
+      CheckpointError: the checkpoint belongs to another model, prompt or data
+        order.
     """
-    saved = _read_json(self.path(step), "config")
-    _check_same(self.path(step), saved, self._config)
+    where = self.path(step)
+    if not (where / "optimizer").is_dir():
+      raise CheckpointError(
+        f"{where}: holds weights without a run to go on with; use another "
+        "--workdir, and config.init_from to start from them"
+      )
+    with _readable(where):
+      saved = {item: read_json(where, item) for item in ("config", "layout")}
+    _check_same(where, saved["config"], self._config)
+    _check_layout(
+      where,
+      saved["layout"],
+      "use another --workdir, or config.init_from to start from its weights",
+    )
     optimizer = {"step": abstract.step, "state": abstract.opt_state}
     restored = self._manager.restore(
       step,
@@ -127,6 +145,18 @@ def _check_same(path: pathlib.Path, saved: dict, config: Config) -> None:
       )
 
 
+def _check_layout(path: pathlib.Path, saved: dict, remedy: str) -> None:
+  """The layout must give the ids that the weights were trained on."""
+  now = prompt.LAYOUTS.get(saved.get("name", ""))
+  if now is None or now.stamp() != saved:
+    name, version = saved.get("name"), saved.get("version")
+    found = f"version {now.version} of it" if now else "no such layout"
+    raise CheckpointError(
+      f"{path}: was written with prompt layout {name!r} version {version}, "
+      f"this vocojax has {found}; {remedy}"
+    )
+
+
 def _differences(a, b, path):
   if isinstance(a, dict) and isinstance(b, dict):
     for key in sorted(a.keys() | b.keys()):
@@ -137,12 +167,21 @@ def _differences(a, b, path):
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-  """A checkpoint read for its weights."""
+  """A checkpoint read for its weights.
+
+  Attributes:
+    path: folder of the step.
+    step: its number.
+    config: as it was written, but for a prompt layout chosen by the reader.
+    tokenizer: its own copy.
+    chosen_layout: that prompt layout; '' is the checkpoint's own.
+  """
 
   path: pathlib.Path
   step: int
   config: Config
   tokenizer: transformers.PreTrainedTokenizerFast
+  chosen_layout: str = ""
 
 
 def find(path: str) -> tuple[pathlib.Path, int]:
@@ -178,22 +217,37 @@ def find(path: str) -> tuple[pathlib.Path, int]:
   return folder, step
 
 
-def load(path: str) -> Loaded:
+def load(path: str, layout: str = "") -> Loaded:
   """Config and tokenizer of a checkpoint.
 
+  Args:
+    path: as for `find`.
+    layout: name of the prompt layout to use; '' is the one that the checkpoint
+      was written with, which must be the same in this version of vocojax.
+
   Raises:
-    CheckpointError: there is none, or a part of it cannot be read.
+    CheckpointError: there is none, a part of it cannot be read, or its prompt
+      layout is another.
   """
   folder, step = find(path)
   where = folder / str(step)
+  items = ("config", "tokenizer", *([] if layout else ["layout"]))
   with _readable(where):
-    saved = {item: _read_json(where, item) for item in ("config", "tokenizer")}
+    saved = {item: read_json(where, item) for item in items}
+  if layout:
+    saved["config"]["prompt"]["layout"] = layout
+  else:
+    _check_layout(
+      where,
+      saved["layout"],
+      "use the vocojax that wrote it, or choose a layout with --layout",
+    )
   with tempfile.TemporaryDirectory() as temporary:
     for name, content in saved["tokenizer"].items():
       (pathlib.Path(temporary) / name).write_text(json.dumps(content))
     tokenizer = load_tokenizer(temporary)
   config = Config.from_json(json.dumps(saved["config"]), str(where))
-  return Loaded(where, step, config, tokenizer)
+  return Loaded(where, step, config, tokenizer, layout)
 
 
 @contextlib.contextmanager
@@ -259,3 +313,24 @@ def _tokenizer_files(tokenizer) -> dict[str, dict]:
       p.name: json.loads(p.read_text())
       for p in pathlib.Path(temporary).glob("*.json")
     }
+
+
+def write_settings(
+  where: pathlib.Path,
+  config: Config,
+  tokenizer: transformers.PreTrainedTokenizerFast,
+) -> None:
+  """Writes `config`, `tokenizer` and `layout` of weights from elsewhere."""
+  items = {
+    "config": json.loads(config.to_json()),
+    "tokenizer": _tokenizer_files(tokenizer),
+    "layout": prompt.LAYOUTS[config.prompt.layout].stamp(),
+  }
+  for item, content in items.items():
+    write_json(where, item, content)
+
+
+def write_json(folder: pathlib.Path, item: str, content: dict) -> None:
+  """Writes one JSON item of a step."""
+  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+    writer.save(folder / item, args=ocp.args.JsonSave(content))

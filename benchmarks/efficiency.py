@@ -1,0 +1,442 @@
+"""What compressing once saves, and where it costs: the paper's Table 7, made.
+
+  python -m benchmarks.efficiency [--sizes small 135m] [--repeats 3] [--plot F]
+
+Three ways to ask several questions about one image of 576 patches, with the
+same weights, the same prompts and the same engine, in one run:
+
+- none: nothing is kept; every question brings the image again (LLaVA);
+- full: the keys and values of <s> and all patches are kept;
+- voco: those of one VoCo token are kept.
+
+Weights are random, since speed does not depend on them; `135m` has the shape of
+SmolLM2-135M with CLIP ViT-L/14-336 before it. Answers have 16 tokens. The 7B is
+counted by the formula of vocojax/models/flops.py alone. Read next:
+vocojax/inference/engine.py.
+"""
+
+import argparse
+import dataclasses
+import functools
+import os
+import statistics
+import time
+
+import jax
+import matplotlib
+import numpy as np
+
+from benchmarks import tables
+from configs import voco_1tok
+from vocojax import assemble
+from vocojax import config as config_lib
+from vocojax.data import tokenizer as tokenizer_lib
+from vocojax.inference.cache import VocoCache
+from vocojax.inference.engine import Engine, Request, Result
+from vocojax.models import flops
+from vocojax.models.vlm import VisionLanguageModel
+
+_COMMON = {
+  "prompt.layout": "qa_v1",
+  "model.dtype": "float32",
+  "model.remat": "none",
+  "model.llm.vocab_multiple": 1,
+}
+# Changes to configs/voco_1tok.py.
+SIZES = {
+  "small": _COMMON
+  | {
+    "model.llm.vocab_size": 4096,
+    "model.llm.hidden_size": 512,
+    "model.llm.intermediate_size": 1376,
+    "model.llm.num_hidden_layers": 8,
+    "model.llm.num_attention_heads": 8,
+    "model.llm.num_key_value_heads": 8,
+    "model.llm.head_dim": 64,
+    "model.vision.hidden_size": 512,
+    "model.vision.intermediate_size": 2048,
+    "model.vision.num_hidden_layers": 8,
+    "model.vision.num_attention_heads": 8,
+  },
+  "135m": _COMMON
+  | {
+    "model.llm.vocab_size": 49152,
+    "model.llm.hidden_size": 576,
+    "model.llm.intermediate_size": 1536,
+    "model.llm.num_hidden_layers": 30,
+    "model.llm.num_attention_heads": 9,
+    "model.llm.num_key_value_heads": 3,
+    "model.llm.head_dim": 64,
+    "model.llm.tie_word_embeddings": True,
+    "model.llm.rope.theta": 100000.0,
+  },
+}
+WAYS = {"none": "full", "full": "full", "voco": "voco"}  # their compressors
+TITLES = {"none": "no cache", "full": "full cache", "voco": "VoCo cache"}
+TEXT_LENGTHS = (32, 128, 512)
+QUESTIONS = (1, 10, 100)
+ANSWER = 16  # tokens
+SLOTS = 10  # questions answered side by side, in all three ways
+THROUGHPUT_SLOTS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """Measured seconds of one way and text length."""
+
+  way: str
+  text_length: int
+  prefill: float  # of one question, its image kept (or just made)
+  decode: float  # of one token of one answer
+  first: float  # one question, from pixels
+  ten: float  # ten questions, from pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """Of one size."""
+
+  name: str
+  config: config_lib.Config
+  stream_length: dict[str, int]
+  cached_tokens: dict[str, int]
+  cached_bytes: dict[str, int]
+  vision: float  # seconds of the vision tower and projector
+  compress: dict[str, float]  # seconds of the language model's stage 1
+  rows: list[Row]
+  throughput: dict[int, float]  # slots: tokens a second
+
+  def row(self, way: str, text_length: int) -> Row:
+    [found] = [
+      r for r in self.rows if (r.way, r.text_length) == (way, text_length)
+    ]
+    return found
+
+  def seconds(self, row: Row, questions: int) -> float:
+    """From pixels to all answers; for 100, ten times ten."""
+    if questions == 1:
+      return row.first
+    once = 0.0
+    if row.way != "none":
+      once = self.vision + self.compress[row.way]
+    return once + (row.ten - once) * questions / 10
+
+
+def make_config(overrides: dict) -> config_lib.Config:
+  """configs/voco_1tok.py with other values; dotted keys."""
+  c = voco_1tok.get_config()
+  c.update_from_flattened_dict(overrides)
+  return config_lib.phases(c)[0]
+
+
+class Setting:
+  """One size: weights, and engines on them."""
+
+  def __init__(self, overrides: dict):
+    self.config = make_config(overrides)
+    words = (f"w{i}" for i in range(self.config.model.llm.vocab_size - 4))
+    self.tokenizer = tokenizer_lib.build_word_level(words)
+    model = self.model("voco")
+    self.params = self._mute(jax.jit(model.init)(jax.random.key(0)))
+    self.engine = functools.cache(self._engine)
+    size = self.config.model.vision.image_size
+    rng = np.random.default_rng(0)
+    self.image = rng.integers(0, 256, (size, size, 3), np.uint8)
+
+  def _mute(self, params):
+    """Makes the logit of `</s>` 0, so that no answer ends early."""
+    end = self.tokenizer.eos_token_id
+    llm = params["llm"]
+    table = llm["embed_tokens"]["embedding"].at[end].set(0)
+    llm = llm | {"embed_tokens": {"embedding": table}}
+    if "lm_head" in llm:
+      kernel = llm["lm_head"]["kernel"].at[:, end].set(0)
+      llm = llm | {"lm_head": {"kernel": kernel}}
+    return params | {"llm": llm}
+
+  def model(self, compressor: str) -> VisionLanguageModel:
+    return assemble.make_model(
+      assemble.with_compressor(self.config, compressor, None), self.tokenizer
+    )
+
+  def _engine(self, compressor: str, slots: int, text_length: int) -> Engine:
+    config = assemble.with_compressor(self.config, compressor, None)
+    return Engine(
+      config,
+      self.model(compressor),
+      self.params,
+      self.tokenizer,
+      slots=slots,
+      max_text_length=text_length + ANSWER,
+      compress_batch=1,
+    )
+
+  def question(
+    self,
+    number: int,
+    text_length: int,
+    images: VocoCache | np.ndarray | None,
+    new_tokens: int = ANSWER,
+  ) -> Request:
+    """Question `number`: so many words, all of them questions differ."""
+    rng = np.random.default_rng(number)
+    words = rng.integers(self.config.model.llm.vocab_size - 4, size=text_length)
+    text = " ".join(f"w{i}" for i in words)
+    shown = [images] if isinstance(images, np.ndarray) else images
+    return Request([(text, None)], shown, max_new_tokens=new_tokens)
+
+
+def seconds(function, repeats: int) -> float:
+  """Median over so many calls, after one that does not count."""
+  function()
+  taken = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    function()
+    taken.append(time.perf_counter() - start)
+  return statistics.median(taken)
+
+
+def answers(engine: Engine, requests: list[Request]) -> list[Result]:
+  results = engine.run(requests)
+  for request, result in zip(requests, results, strict=True):
+    if len(result.token_ids) != request.max_new_tokens:
+      raise RuntimeError(
+        f"an answer of {len(result.token_ids)} tokens, expected "
+        f"{request.max_new_tokens}: the random model said </s>"
+      )
+  return results
+
+
+def measure_row(
+  setting: Setting, way: str, text_length: int, repeats: int
+) -> Row:
+  """Times of one way to ask, at one text length."""
+  compressor = WAYS[way]
+  engines = {
+    slots: setting.engine(compressor, slots, text_length)
+    for slots in (1, SLOTS)
+  }
+  cache = engines[1].compress(setting.image)
+
+  def ask(slots: int, count: int, keep: bool, new_tokens: int = ANSWER):
+    engine = engines[slots]
+    images = setting.image
+    if keep:
+      images = cache
+    elif way != "none":  # once, for all questions
+      images = engine.compress(setting.image)
+    requests = [
+      setting.question(i, text_length, images, new_tokens) for i in range(count)
+    ]
+    return answers(engine, requests)
+
+  one = seconds(lambda: ask(1, 1, True, 1), repeats)
+  more = seconds(lambda: ask(1, 1, True, ANSWER), repeats)
+  return Row(
+    way,
+    text_length,
+    prefill=one,
+    decode=(more - one) / (ANSWER - 1),
+    first=seconds(lambda: ask(1, 1, False), repeats),
+    ten=seconds(lambda: ask(SLOTS, 10, False), repeats),
+  )
+
+
+def measure_throughput(setting: Setting, slots: int, repeats: int) -> float:
+  """Tokens a second of 64 answers from VoCo caches, texts of 32 tokens."""
+  engine = setting.engine("voco", slots, 32)
+  cache = engine.compress(setting.image)
+  requests = [setting.question(i, 32, cache) for i in range(64)]
+  taken = seconds(lambda: answers(engine, requests), repeats)
+  return len(requests) * ANSWER / taken
+
+
+def measure(name: str, overrides: dict, repeats: int) -> Measured:
+  """All of one size."""
+  setting = Setting(overrides)
+  vision = jax.jit(setting.model("voco").embed_images)
+  image = setting.image[None]
+
+  def run_vision():
+    jax.block_until_ready(vision(setting.params, image))
+
+  vision_seconds = seconds(run_vision, repeats)
+  lengths, tokens, sizes, compress = {}, {}, {}, {}
+  for way, compressor in WAYS.items():
+    engine = setting.engine(compressor, 1, TEXT_LENGTHS[0])
+    cache = engine.compress(setting.image)
+    whole = seconds(lambda e=engine: e.compress(setting.image), repeats)
+    lengths[way] = setting.model(compressor).stream.length
+    tokens[way] = 0 if way == "none" else cache.num_voco_tokens
+    sizes[way] = 0 if way == "none" else cache.nbytes
+    compress[way] = whole - vision_seconds
+  rows = []
+  for text_length in TEXT_LENGTHS:
+    for way in WAYS:
+      rows.append(measure_row(setting, way, text_length, repeats))
+      print(f"{name}: {rows[-1]}", flush=True)
+    setting.engine.cache_clear()
+  throughput = {
+    slots: measure_throughput(setting, slots, repeats)
+    for slots in (1, THROUGHPUT_SLOTS)
+  }
+  return Measured(
+    name,
+    setting.config,
+    lengths,
+    tokens,
+    sizes,
+    vision_seconds,
+    compress,
+    rows,
+    throughput,
+  )
+
+
+def operations(
+  config: config_lib.ModelConfig,
+  way: str,
+  text_length: int,
+  questions: int,
+  stream_length: int,
+  cached_tokens: int,
+) -> int:
+  """Floating-point operations from pixels to all answers, by formula."""
+  llm = config.llm
+  image = flops.vision(config) + flops.causal(llm, stream_length)
+  # The last token of an answer is not read.
+  text = flops.causal(llm, text_length + ANSWER - 1, cached_tokens)
+  question = text + ANSWER * flops.head(llm)
+  images = questions if way == "none" else 1
+  return images * image + questions * question
+
+
+def _short(x: float) -> str:
+  """Three digits, or all before the point."""
+  return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def operations_table(
+  config: config_lib.ModelConfig, lengths: dict[str, tuple[int, int]]
+) -> str:
+  """TFLOP of all ways; `lengths` are (stream, cached tokens) of each."""
+  rows = []
+  for text_length in TEXT_LENGTHS:
+    for questions in QUESTIONS:
+      counts = [
+        operations(config, way, text_length, questions, *lengths[way])
+        for way in WAYS
+      ]
+      cells = [_short(count / 1e12) for count in counts]
+      saved = 1 - counts[-1] / counts[0]
+      rows.append([text_length, questions, *cells, f"{saved:.1%}"])
+  head = ["text", "questions", *TITLES.values(), "VoCo saves"]
+  return tables.markdown(head, rows)
+
+
+def report(results: list[Measured]) -> str:
+  """The tables as Markdown."""
+  parts = []
+  for m in results:
+    cache = tables.markdown(
+      ["", "image stream", "cached tokens", "cache, bytes", "ViT", "compress"],
+      [
+        [
+          TITLES[way],
+          m.stream_length[way],
+          m.cached_tokens[way],
+          f"{m.cached_bytes[way]:,}",
+          f"{1e3 * m.vision:.0f}",
+          f"{1e3 * m.compress[way]:.0f}",
+        ]
+        for way in WAYS
+      ],
+    )
+    rows = []
+    for row in m.rows:
+      times = [m.seconds(row, q) for q in QUESTIONS]
+      base = [m.seconds(m.row("none", row.text_length), q) for q in QUESTIONS]
+      cells = [
+        f"{t:.2f} ({b / t:.2f}x)" for t, b in zip(times, base, strict=True)
+      ]
+      rows.append(
+        [
+          row.text_length,
+          TITLES[row.way],
+          f"{1e3 * row.prefill:.0f}",
+          f"{1e3 * row.decode:.1f}",
+          *cells,
+        ]
+      )
+    head = ["text", "", "prefill, ms", "ms per decoded token"]
+    head += [f"{q} question{'s' * (q > 1)}, s" for q in QUESTIONS]
+    one, many = m.throughput[1], m.throughput[THROUGHPUT_SLOTS]
+    lengths = {w: (m.stream_length[w], m.cached_tokens[w]) for w in WAYS}
+    lengths["none"] = lengths["full"]
+    parts.append(
+      f"### {m.name}\n\nOnce an image; ViT and compress in milliseconds:\n\n"
+      f"{cache}\n\nEvery question; in brackets how many times as fast as "
+      f"without a cache; 100 questions are ten times ten:\n\n"
+      f"{tables.markdown(head, rows)}\n\nEngine: {many:.0f} tokens/s in "
+      f"{THROUGHPUT_SLOTS} slots, {one:.0f} in one, {many / one:.1f}x.\n\n"
+      f"TFLOP by formula:\n\n{operations_table(m.config.model, lengths)}"
+    )
+  return "\n\n".join(parts)
+
+
+def seven_b() -> str:
+  """The 7B by formula, with the original's two separators and <s>."""
+  model = make_config({}).model
+  patches = model.vision.num_patches
+  full = (1 + patches, 1 + patches)
+  voco = (1 + patches + 2 + 1, 1)
+  lengths = {"none": full, "full": full, "voco": voco}
+  return "### 7B, TFLOP by formula\n\n" + operations_table(model, lengths)
+
+
+def plot(results: list[Measured], path: str) -> None:
+  """Seconds from pixels to all answers over the number of questions."""
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  figure, axes = plt.subplots(
+    1, len(results), figsize=(5 * len(results), 4), squeeze=False
+  )
+  for axis, m in zip(axes[0], results, strict=True):
+    for way, title in TITLES.items():
+      row = m.row(way, TEXT_LENGTHS[0])
+      times = [m.seconds(row, q) for q in QUESTIONS]
+      axis.plot(QUESTIONS, times, marker="o", label=title)
+    axis.set(
+      xscale="log",
+      yscale="log",
+      xlabel="questions about one image",
+      ylabel="seconds, from pixels to all answers",
+      title=f"{m.name}, text of {TEXT_LENGTHS[0]} tokens",
+    )
+    axis.set_xticks(QUESTIONS, [str(q) for q in QUESTIONS])
+    axis.legend()
+    axis.grid(alpha=0.3)
+  figure.tight_layout()
+  figure.savefig(path, dpi=120)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+  parser.add_argument("--repeats", type=int, default=3)
+  parser.add_argument("--plot", help="PNG file to draw the times into")
+  args = parser.parse_args()
+  # Before the first JAX call, which starts a thread for every core it may use.
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+  jax.config.update("jax_platforms", "cpu")
+  results = [measure(name, SIZES[name], args.repeats) for name in args.sizes]
+  print("\n" + report(results) + "\n\n" + seven_b() + "\n")
+  if args.plot:
+    plot(results, args.plot)
+  tables.print_provenance("benchmarks.efficiency")
+
+
+if __name__ == "__main__":
+  main()

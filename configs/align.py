@@ -1,0 +1,25 @@
+"""Alignment of the projector: LLaVA-1.5's first stage, 7B.
+
+  python -m vocojax.train --config=configs/align.py --workdir=DIR \
+    --config.init_from=CHECKPOINT --config.data.image_folder=DIR \
+    --config.data.path=blip_laion_cc_sbu_558k.json --config.data.tokenizer=DIR
+
+Hardware of the original: 8 A100-80G, 3.5 hours. Nobody has published a run of
+this file. CHECKPOINT holds Vicuna and CLIP; go on from WORKDIR/full with
+configs/voco_1tok.py.
+
+Captions follow the patches directly, so their first token, which the last patch
+would have to predict, is not trained on; LLaVA trains on it.
+"""
+
+from configs import common
+
+
+def get_config():
+  c = common.get_config()
+  c.model.compressor.name = "full"
+  c.prompt.layout = "plain"
+  c.data.update(batch_size=256, max_text_length=256, pad_to_square=False)
+  c.optimizer.update(learning_rate=1e-3, freeze=("^vision/", "^llm/"))
+  c.training.epochs = 1.0
+  return c

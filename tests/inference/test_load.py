@@ -1,0 +1,80 @@
+"""From a checkpoint to an engine: what may be asked for, and what not."""
+
+import orbax.checkpoint as ocp
+import pytest
+
+import vocojax
+from tests import runs
+from tests.inference import engines
+from vocojax.errors import CheckpointError, UserError
+from vocojax.training import checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A checkpoint in `voco`, with 3 VoCo tokens."""
+  folder = tmp_path_factory.mktemp("load")
+  config, _, params, words = engines.setup(folder)
+  where = folder / "voco" / checkpoint.FOLDER / "0"
+  checkpoint.write_settings(where, config, words)
+  with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
+    writer.save(where / "params", args=ocp.args.StandardSave(params))
+  return folder
+
+
+def load(folder, **options):
+  return vocojax.load(folder / "voco", **options)
+
+
+def test_load_compress_ask(folder):
+  with runs.quick_compile():
+    loaded = load(folder, slots=2, max_images=2, max_text_length=16)
+    cache = loaded.compress(folder / "0.png")
+    answer = loaded.ask("what color is this ?", cache)
+    engine = engines.engine(folder)
+    assert (
+      answer
+      == engine.ask("what color is this ?", folder / "0.png")[: len(answer)]
+    )
+  assert len(answer) > 10
+  assert loaded.origin == engine.origin
+  sizes = (loaded.slots, loaded.max_images, loaded.max_text_length)
+  assert sizes == (2, 2, 16)
+
+
+def test_other_compressors(folder):
+  assert load(folder).num_image_tokens == 3
+  assert load(folder, num_voco_tokens=2).num_image_tokens == 2
+  assert load(folder, compressor="full").num_image_tokens == 17
+  assert load(folder, compressor="full").num_patches == 16
+  # A cache of fewer tokens is of the same model; one of patches is not.
+  origins = [
+    load(folder, **options).origin
+    for options in ({}, {"num_voco_tokens": 2}, {"compressor": "full"})
+  ]
+  assert origins[0] == origins[1] != origins[2]
+
+
+@pytest.mark.parametrize(
+  "options, error, words",
+  [
+    ({"num_voco_tokens": 4}, UserError, r"found 4, .* with 3; choose 1 to 3"),
+    ({"num_voco_tokens": 0}, UserError, r"found 0, .* with 3; choose 1 to 3"),
+    (
+      {"num_voco_tokens": 2, "compressor": "full"},
+      UserError,
+      "the tokens of 'full'",
+    ),
+    ({"compressor": "avgpool"}, CheckpointError, "when used as 'avgpool'"),
+    ({"slots": 0}, UserError, "slots: found 0"),
+  ],
+)
+def test_errors(folder, options, error, words):
+  with pytest.raises(error, match=words) as e:
+    load(folder, **options)
+  assert "\n" not in str(e.value)
+
+
+def test_no_checkpoint(tmp_path):
+  with pytest.raises(CheckpointError, match="no folder 'checkpoints' in it"):
+    vocojax.load(tmp_path)

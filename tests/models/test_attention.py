@@ -1,0 +1,60 @@
+"""Attention that reads a cache in chunks, against the plain einsums."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vocojax.models import attention
+
+TOLERANCE = 1e-5
+
+_cached, _plain = map(
+  jax.jit, (attention.attend_cached, attention.attend_with_bias)
+)
+
+
+def _random(rng, B: int, S: int, T: int, H: int, G: int, P: int = 8):
+  """Queries large enough that the likeliest slot is in any chunk."""
+  query = rng.normal(0, 3, (B, T, H, P)).astype(np.float32)
+  key, value = rng.normal(0, 1, (2, B, G, S, P)).astype(np.float32)
+  return query, key, value
+
+
+@pytest.mark.parametrize("H, G", [(6, 2), (4, 4)])
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("S", [7, 64, 65, 150, 256])
+def test_equals_the_plain_form(S, T, H, G):
+  rng = np.random.default_rng(S)
+  query, key, value = _random(rng, 6, S, T, H, G)
+  slot = rng.integers(0, S - T + 1, 6, np.int32)
+  slot[:2] = 0, S - T
+  mask = np.arange(S) <= (slot[:, None] + np.arange(T))[:, :, None]
+  # What nobody sees may be anything.
+  unseen = ~mask[:, -1][:, None, :, None]
+  found = _cached(query, np.where(unseen, 1e4, key), value, slot)
+  expected = _plain(
+    query,
+    key.swapaxes(1, 2),
+    value.swapaxes(1, 2),
+    attention.bias_from_mask(jnp.asarray(mask)),
+  )
+  np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+
+
+@functools.cache
+def _rows():
+  rng = np.random.default_rng(0)
+  return _random(rng, 4, 300, 1, 6, 2)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 170])
+def test_a_row_does_not_depend_on_longer_ones(length):
+  query, key, value = _rows()
+  alone = _cached(query, key, value, np.full(4, length - 1, np.int32))
+  slot = np.array([299, length - 1, 0, 200], np.int32)
+  among = _cached(query, key, value, slot)
+  np.testing.assert_array_equal(alone[1], among[1])  # to the bit
+  assert np.abs(np.asarray(alone[0] - among[0])).max() > 1e-3

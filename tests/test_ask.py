@@ -1,0 +1,579 @@
+"""Questions to a small checkpoint: one, from a file, in a chat on a terminal.
+
+Real processes; what they answer is compared with the engine in this one.
+"""
+
+import fcntl
+import itertools
+import json
+import os
+import pty
+import random
+import re
+import select
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import orbax.checkpoint as ocp
+import pytest
+
+import vocojax
+from tests import runs
+from vocojax import ask
+from vocojax.config import load_module, phases
+from vocojax.errors import UserError
+from vocojax.inference.requests import Request
+from vocojax.inference.sampling import Sampling
+from vocojax.training import checkpoint, loop
+
+TAIL = """\
+  c.model.compressor.num_voco_tokens = 2
+  c.training.steps = 40
+"""
+QUESTIONS = (
+  "what color is this ?",
+  "is it green ?",
+  "what color is this ? number 0",
+  "is this number 1 ?",
+)
+SIZE = "16 patches -> 2 tokens, 512 bytes"  # 2 x 2 layers x 2 x 16 x 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A checkpoint in `voco` that tells colours apart, and images."""
+  folder = tmp_path_factory.mktemp("ask")
+  runs.write_data(folder)
+  path = runs.write_config(folder, "one.py", TAIL + runs.ONE_PHASE)
+  (config,) = phases(load_module(str(path)))
+  with runs.quick_compile():
+    loop.run(runs.phase(config, folder / "voco"))
+  (folder / "broken.png").write_bytes(b"not an image")
+  shutil.copy(folder / "1.png", folder / "with,comma.png")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+  with runs.quick_compile():
+    yield vocojax.load(str(folder / "voco"), max_images=2)
+
+
+@pytest.fixture(scope="module")
+def program(folder):
+  forks = runs.Forks(folder, "vocojax.ask", arguments=True)
+  yield lambda *arguments: forks.run(f"--checkpoint={folder}/voco", *arguments)
+  forks.close()
+
+
+def command(folder, phase, *arguments):
+  checkpoint = f"--checkpoint={folder}/{phase}"
+  return [sys.executable, "-m", "vocojax.ask", checkpoint, *arguments]
+
+
+def images(folder, *numbers):
+  return [str(folder / f"{i}.png") for i in numbers]
+
+
+def expected(folder, engine, question, *numbers, **fields):
+  return engine.ask(question, images(folder, *numbers), **fields)
+
+
+def test_it_learned(folder, engine):
+  """Or the comparisons below would be about one and the same answer."""
+  answers = {
+    (i, q): expected(folder, engine, q, i) for q in QUESTIONS for i in range(4)
+  }
+  assert len(set(answers.values())) >= 4, answers
+  by_image = [len({answers[i, q] for i in range(4)}) for q in QUESTIONS]
+  assert max(by_image) >= 3, answers
+
+
+def test_question(folder, engine, program):
+  path = folder / "3.png"
+  status, out, err = program(f"--image={path}", QUESTIONS[0])
+  assert (status, err) == (0, f"{path}: {SIZE}\n")
+  assert out == expected(folder, engine, QUESTIONS[0], 3) + "\n"
+
+
+def test_several_images(folder, engine, program):
+  """In their order; a comma separates them, or is part of a name."""
+  a, b = images(folder, 0, 1)
+  comma = f"{folder}/with,comma.png"
+  answers = set()
+  for arguments, numbers in (
+    ([f"--image={a},{b}"], (0, 1)),
+    ([f"--image={comma}", f"--image={a}"], (1, 0)),
+    ([f"--image={comma}"], (1,)),
+  ):
+    status, out, err = program(*arguments, *QUESTIONS[0].split())
+    assert status == 0, err
+    assert err.count(SIZE) == len(numbers)
+    assert out == expected(folder, engine, QUESTIONS[0], *numbers) + "\n"
+    answers.add(out)
+  assert len(answers) > 1
+
+
+def test_flags(folder, engine, program):
+  path, question = folder / "1.png", QUESTIONS[2]
+  plain = expected(folder, engine, question, 1)
+  words = plain.split()
+  assert len(words) > 2
+  sampled = {"sampling": Sampling(3.0, 9, 0.9, seed=7), "max_new_tokens": 7}
+  stopped = {"stop": (words[1],)}
+  token = {"stop_token_ids": (engine.tokenizer.get_vocab()[words[2]],)}
+  for arguments, fields in (
+    (
+      "--temperature=3 --top_k=9 --top_p=0.9 --seed=7 --max_new_tokens=7",
+      sampled,
+    ),
+    (f"--stop=unheard --stop={words[1]}", stopped),
+    (f"--stop_token=</s> --stop_token={words[2]}", token),
+    ("--max_new_tokens=2", {"max_new_tokens": 2}),
+  ):
+    status, out, err = program(f"--image={path}", *arguments.split(), question)
+    assert status == 0, err
+    answer = expected(folder, engine, question, 1, **fields)
+    assert out == answer + "\n" and answer != plain
+  assert err.endswith(
+    "cut after 2 tokens; --max_new_tokens and --max_text_length allow more\n"
+  )
+
+
+def test_fewer_tokens_and_store(folder, engine, program, tmp_path):
+  """Two tokens are put into the store; one of them is cut from those."""
+  with runs.quick_compile():
+    shorter = vocojax.load(str(folder / "voco"), num_voco_tokens=1)
+  questions = (*QUESTIONS, "it", "number")
+  for i, question in itertools.product(range(8), questions):
+    path = folder / f"{i}.png"
+    one, two = (x.ask(question, str(path)) + "\n" for x in (shorter, engine))
+    if one != two:
+      break
+  assert one != two
+  store, arguments = f"--store={tmp_path}/store", [f"--image={path}", question]
+  assert program(store, *arguments) == (0, two, f"{path}: {SIZE}\n")
+  again = program(store, *arguments)
+  assert again == (0, two, f"{path}: {SIZE}, from the store\n")
+  cut = program(store, "--num_voco_tokens=1", *arguments)
+  small = "16 patches -> 1 token, 256 bytes, from the store"
+  assert cut == (0, one, f"{path}: {small}\n")
+
+
+def test_question_from_stdin(folder, engine):
+  question = QUESTIONS[0]
+  for given, status, words in (
+    (question + "\n", 0, ""),
+    ("\n", 2, "error: no question, and nothing on stdin; write one in quotes"),
+  ):
+    process = subprocess.run(
+      command(folder, "voco", f"--image={folder}/3.png"),
+      input=given,
+      cwd=runs.ROOT,
+      env=os.environ | runs.cached(folder) | {"JAX_PLATFORMS": "cpu"},
+      capture_output=True,
+      text=True,
+      timeout=250,
+    )
+    assert process.returncode == status, process.stderr
+    assert words in process.stderr
+    if not status:
+      assert process.stdout == expected(folder, engine, question, 3) + "\n"
+
+
+LINES = [
+  {"id": f"{i}/{q}", "image": f"{i}.png", "question": QUESTIONS[q]}
+  for i in range(6)
+  for q in range(4)
+] + [
+  {"id": "text", "question": QUESTIONS[0]},
+  {"id": "two", "image": ["1.png", "0.png"], "question": QUESTIONS[0]},
+  {
+    "id": "turns",
+    "image": "with,comma.png",
+    "turns": [[QUESTIONS[1], "yes it is"], [QUESTIONS[0], None]],
+  },
+  {
+    "id": "sampled",
+    "image": "0.png",
+    "question": QUESTIONS[0],
+    "temperature": 4,
+    "top_k": 12,
+    "seed": 5,
+    "max_new_tokens": 3,
+  },
+  {"id": "stop", "image": "1.png", "question": QUESTIONS[0], "stop": "green"},
+]
+
+
+@pytest.fixture(scope="module")
+def answers(folder, engine):
+  """By id what the lines should give, asked one by one."""
+  found = {
+    line["id"]: engine.ask(line["question"], str(folder / line["image"]))
+    for line in LINES[:24]
+  }
+  found["text"] = engine.ask(QUESTIONS[0])
+  found["two"] = expected(folder, engine, QUESTIONS[0], 1, 0)
+  turns = [(QUESTIONS[1], "yes it is"), (QUESTIONS[0], None)]
+  request = Request(turns, images(folder, 1))
+  found["turns"] = engine.run([request])[0].text
+  sampling = Sampling(temperature=4.0, top_k=12, seed=5)
+  fields = {"sampling": sampling, "max_new_tokens": 3}
+  found["sampled"] = expected(folder, engine, QUESTIONS[0], 0, **fields)
+  found["stop"] = expected(folder, engine, QUESTIONS[0], 1, stop=("green",))
+  assert found["turns"] != found["1/0"] != found["stop"]
+  assert found["sampled"] != found["0/0"]
+  return found
+
+
+def write_lines(path, lines):
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  return f"--jsonl={path}"
+
+
+def read_lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_file(folder, answers, program, tmp_path):
+  """In any order, with any number of slots, and compressing each image once."""
+  shuffled = random.Random(0).sample(LINES, len(LINES))
+  for number, lines, slots in ((0, LINES, 8), (1, shuffled, 3)):
+    arguments = write_lines(folder / f"in{number}.jsonl", lines)
+    out = tmp_path / f"out{number}.jsonl"
+    status, stdout, err = program(arguments, f"--out={out}", f"--slots={slots}")
+    assert (status, stdout) == (0, "")
+    # with,comma.png is the same image as 1.png.
+    summary = "29 answers, 0 errors; 6 images compressed, 0 from the store: "
+    assert err.splitlines()[-1] == f"{summary}{SIZE} each"
+    found = read_lines(out)
+    assert {x["id"]: x["answer"] for x in found} == answers
+    assert len(found) == len(LINES)
+    assert {x["id"]: x["finish_reason"] for x in found}["stop"] == "stop"
+
+
+def test_bad_images_fail_their_lines(folder, answers, program, tmp_path):
+  bad = [
+    {"id": "a", "image": "broken.png", "question": QUESTIONS[0]},
+    {"id": "b", "image": ["0.png", "gone.png"], "question": QUESTIONS[0]},
+    {"id": "c", "image": "broken.png", "question": QUESTIONS[1]},
+    {"id": "d", "image": "0.png", "question": "is it green ? " * 200},
+  ]
+  lines = [bad[0], *LINES[:9], *bad[1:], *LINES[9:12]]
+  arguments = write_lines(folder / "bad.jsonl", lines)
+  out = tmp_path / "out.jsonl"
+  status, _, err = program(arguments, f"--out={out}")
+  assert status == 1
+  assert "12 answers, 4 errors; 3 images compressed" in err
+  assert err.count("broken.png: not an image of a known format") == 1
+  for _ in range(2):
+    found = {x["id"]: x for x in read_lines(out)}
+    assert len(found) == len(read_lines(out)) == len(lines)
+    for line in LINES[:12]:
+      assert found[line["id"]]["answer"] == answers[line["id"]]
+    for name, words in (
+      ("a", "/broken.png: not an image of a known format"),
+      ("b", "/gone.png: cannot be read (No such file or directory)"),
+      ("c", "/broken.png: not an image of a known format"),
+      ("d", "its prompt has 800 tokens"),
+    ):
+      assert words in found[name]["error"] and "answer" not in found[name]
+    status, _, err = program(arguments, f"--out={out}")  # tries them again
+    assert status == 1
+    assert f"{out}: dropped 4 lines with an error" in err
+    assert "0 answers, 4 errors" in err
+  shutil.copy(folder / "3.png", folder / "gone.png")
+  program(arguments, f"--out={out}")
+  assert "answer" in {x["id"]: x for x in read_lines(out)}["b"]
+
+
+@pytest.mark.slow
+def test_killed_job_goes_on(folder, answers, program, tmp_path):
+  lines = [
+    line | {"id": f"{line['id']} {n}"} for n in range(40) for line in LINES
+  ]
+  arguments = write_lines(folder / "long.jsonl", lines)
+  out = tmp_path / "out.jsonl"
+  process = runs.start_cached(
+    folder,
+    "vocojax.ask",
+    f"--checkpoint={folder}/voco",
+    arguments,
+    f"--out={out}",
+  )
+  while not (out.exists() and out.stat().st_size > 2000):
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.0005)
+  process.kill()
+  process.communicate()
+  before = out.read_bytes().rpartition(b"\n")[0] + b"\n"
+  left = len(lines) - before.count(b"\n")
+  assert 10 < left < len(lines) - 10
+  out.write_bytes(before + b'{"id": "0/0 9')  # torn
+  status, _, err = program(arguments, f"--out={out}", "--slots=2")
+  assert status == 0, err
+  assert f"{out}: dropped an incomplete last line\n" in err
+  assert f"{left:,} answers, 0 errors" in err
+  assert out.read_bytes().startswith(before)
+  found = read_lines(out)
+  assert len(found) == len(lines)
+  assert {x["id"]: x["answer"] for x in found} == {
+    line["id"]: answers[line["id"].split()[0]] for line in lines
+  }
+  # Nothing is left to do; and these are no answers by other flags.
+  content = out.read_bytes()
+  assert "\n0 answers, 0 errors\n" in program(arguments, f"--out={out}")[2]
+  for flag in ("--seed=1", "--num_voco_tokens=1"):
+    status, _, err = program(arguments, f"--out={out}", flag)
+    assert status == 2
+    assert err.startswith(f"error: {out}:1: an answer to id ")
+  assert out.read_bytes() == content
+
+
+class Terminal:
+  """The program as it runs in a terminal."""
+
+  # The terminal becomes that of the process, so that it gets its Ctrl-C.
+  START = (
+    "import fcntl, os, signal, sys, termios\n"
+    "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+    "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+    "os.execv(sys.argv[1], sys.argv[1:])\n"
+  )
+
+  def __init__(self, folder, phase, *arguments):
+    self._fd, other = pty.openpty()
+    wide = struct.pack("HHHH", 50, 5000, 0, 0)  # no line is broken
+    fcntl.ioctl(self._fd, termios.TIOCSWINSZ, wide)
+    environment = {"JAX_PLATFORMS": "cpu", "TERM": "dumb"}
+    self._process = subprocess.Popen(
+      [sys.executable, "-c", self.START, *command(folder, phase, *arguments)],
+      cwd=runs.ROOT,
+      env=os.environ | runs.cached(folder) | environment,
+      stdin=other,
+      stdout=other,
+      stderr=other,
+      start_new_session=True,
+    )
+    os.close(other)
+    self.seen = ""
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._process.kill()
+    self._process.wait()
+    os.close(self._fd)
+
+  def read(self, until="\r\n> "):
+    """What appears, up to and without `until`, by default the next prompt."""
+    deadline = time.monotonic() + 200
+    while until not in self.seen:
+      ready, _, _ = select.select([self._fd], [], [], 1)
+      assert time.monotonic() < deadline, self.seen
+      try:
+        self.seen += os.read(self._fd, 4096).decode() if ready else ""
+      except OSError:  # the process has ended
+        self._process.wait()
+        raise EOFError(self.seen) from None
+    text, _, self.seen = self.seen.partition(until)
+    return text.replace("\r\n", "\n")
+
+  def type(self, keys):
+    os.write(self._fd, keys.encode())
+
+  def say(self, line):
+    """What comes back after a line, up to the next prompt."""
+    self.type(line + "\r")
+    echo, _, text = self.read().partition("\n")
+    assert echo == line
+    return text
+
+  def end(self, keys):
+    """Exit status after these keys."""
+    self.type(keys)
+    with pytest.raises(EOFError):
+      self.read("never")
+    return self._process.returncode
+
+
+def test_chat(folder, engine):
+  """Several turns are one conversation; other images begin a new one."""
+
+  def answer(*turns, image):
+    request = Request(turns, images(folder, *image))
+    return engine.run([request])[0].text
+
+  with Terminal(folder, "voco", f"--image={folder}/1.png") as terminal:
+    converse(folder, engine, terminal, answer)
+
+
+def converse(folder, engine, terminal, answer):
+  assert terminal.read().endswith(
+    f"{folder}/1.png: {SIZE}\n/help lists the commands; Ctrl-D ends."
+  )
+  a, b = QUESTIONS[2], QUESTIONS[1]
+  first = answer((a, None), image=[1])
+  second = answer((a, first), (b, None), image=[1])
+  assert terminal.say(a) == first
+  assert terminal.say(b) == second
+  assert terminal.say("") == ""
+  stats = terminal.say("/stats")
+  assert f"{folder}/1.png: {SIZE}\n" in stats and "turns: 2\n" in stats
+  prompt = len(engine.tokenizer(f"{a} {first} {b}")["input_ids"]) + 1  # </s>
+  assert re.search(
+    rf"last answer: {prompt} prompt tokens after 2 of images, first text in "
+    r"\d\.\d{3} s(, then \d+\.\d ms for each of \d+ tokens)?\n",
+    stats,
+  )
+  # Nothing changes where a command fails.
+  assert terminal.say(f"/image {folder}/broken.png").startswith(
+    f"error: {folder}/broken.png: not an image of a known format"
+  )
+  assert terminal.say("/imagine x").startswith("error: /imagine: unknown")
+  assert terminal.say("/image").startswith("error: /image: needs at least")
+  assert terminal.say('/image "x').startswith("error: /image: No closing quot")
+  assert terminal.say("/image" + " x" * 5).startswith("error: 5 images, but")
+  third = answer((a, first), (b, second), (a, None), image=[1])
+  assert terminal.say(a) == third
+  # A conversation that is too long says so, and is not lost.
+  long = "is it green ? " * 200
+  assert terminal.say(long).startswith("error: its prompt has ")
+  assert "turns: 3\n" in terminal.say("/stats")
+  assert terminal.say("/reset") == "a new conversation"
+  assert terminal.say(b) == answer((b, None), image=[1])
+  shown = terminal.say(f"/image {folder}/0.png '{folder}/with,comma.png'")
+  assert shown == (f"{folder}/0.png: {SIZE}\n{folder}/with,comma.png: {SIZE}\n")
+  fourth = answer((a, None), image=[0, 1])
+  assert terminal.say(a) == fourth
+  # Ctrl-C outside an answer forgets the line; Ctrl-P brings back the last.
+  terminal.type("what color\x03")
+  assert terminal.read().startswith("what color")
+  terminal.type("\x10\r")
+  fifth = answer((a, fourth), (a, None), image=[0, 1])
+  assert terminal.read().endswith(f"\n{fifth}")
+  assert "/image PATH" in terminal.say("/help")
+  assert terminal.end("/quit\n") == 0
+
+
+@pytest.fixture(scope="module")
+def endless(folder):
+  """A checkpoint `endless` whose answers have no end."""
+  shutil.copytree(folder / "voco", folder / "endless")
+  path = folder / "endless" / "checkpoints" / "40" / "params"
+  loaded = checkpoint.load(str(folder / "voco"))
+  abstract = loop.abstract_params(runs.model_of(loaded), runs.mesh())
+  params, _ = checkpoint.load_params(
+    str(loaded.path), abstract, loaded.config.model
+  )
+  eos = loaded.tokenizer.eos_token_id
+  kernel = params["llm"]["lm_head"]["kernel"]
+  params["llm"]["lm_head"]["kernel"] = kernel.at[:, eos].set(0)
+  with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as saver:
+    saver.save(path, args=ocp.args.StandardSave(params), force=True)
+  return [
+    "endless",
+    f"--image={folder}/1.png",
+    "--max_new_tokens=20000",
+    "--max_text_length=20100",
+  ]
+
+
+@pytest.mark.slow
+def test_interrupted_answers(folder, endless):
+  """Ctrl-C ends an answer and leaves the engine as it was."""
+  with Terminal(folder, *endless) as terminal:
+    terminal.read()
+    found = []
+    for _ in range(2):
+      terminal.type(QUESTIONS[0] + "\r")
+      terminal.read(QUESTIONS[0] + "\r\n")
+      start = terminal.read(" ") + " " + terminal.read(" ") + " "
+      terminal.type("\x03")
+      answer = start + terminal.read()
+      assert answer.endswith(" [interrupted]")
+      found.append(re.sub(r"(\^C)?( \[interrupted\])?", "", answer))
+      stats = terminal.say("/stats")
+      assert "turns: 1\n" in stats and "last answer: interrupted\n" in stats
+      terminal.say("/reset")
+    shortest = min(map(len, found))
+    assert shortest > 10 and found[0][:shortest] == found[1][:shortest]
+    assert terminal.end("\x04") == 0
+  with Terminal(folder, *endless, QUESTIONS[0]) as terminal:
+    terminal.read(f"{folder}/1.png: {SIZE}\r\n")
+    terminal.read(" ")
+    assert terminal.end("\x03") == 130
+    assert terminal.seen.endswith("error: interrupted\r\n")
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    (["--checkpoint=nowhere", "a ?"], "nowhere: no folder 'checkpoints' in"),
+    ([""], "an empty question; write one in quotes"),
+    ([" ", " "], "an empty question; "),
+    (["--image=0.png,broken.png", "a ?"], "broken.png: not an image of a kn"),
+    (["--image=absent.png", "a ?"], "absent.png: cannot be read (No such f"),
+    (["--num_voco_tokens=3", "a ?"], "num_voco_tokens: found 3, but "),
+    (["--temperature=-1", "a ?"], "temperature: found -1.0, expected 0 or"),
+    (["--store=what://x", "--image=0.png", "a ?"], "what://x"),
+    (["--imag=x", "a ?"], "--imag: unknown flag; the nearest flag is 'image'"),
+    (["--jsonl=in"], "--jsonl=in --out=: expected both, a file of questions"),
+    (["--out=x", "a ?"], "--jsonl= --out=x: expected both, a file of questi"),
+    (["--jsonl=in", "--out=x", "a ?"], "a ?: not together with --jsonl, who"),
+    (["--jsonl=in", "--out=x", "--image=0.png"], "--image: not together wit"),
+    (["--jsonl=in", "--out=x"], "in: cannot be read (No such file or direct"),
+    (["--jsonl=bad", "--out=x"], "bad:2: field 'question': found null, exp"),
+    (["--jsonl=hot", "--out=x"], "hot:1: sampling.temperature: found -1"),
+    (["--jsonl=good", "--out=no/x"], "no/x: cannot be written to (No such f"),
+  ],
+)
+def test_mistake(folder, program, arguments, words):
+  good = {"question": "a ?"}
+  write_lines(folder / "good", [good])
+  write_lines(folder / "bad", [good, {"question": None}])
+  write_lines(folder / "hot", [good | {"temperature": -1}])
+  full = [
+    re.sub(r"^(--(?:image|jsonl|out)=|0.png,)", rf"\1{folder}/", argument)
+    for argument in arguments
+  ]
+  full = [x.replace(",", f",{folder}/") for x in full]
+  status, out, err = program(*full)
+  assert (status, out) == (2, ""), err
+  assert err.startswith("error: ") and err.count("\n") == 1, err
+  assert words in err.replace(f"{folder}/", "")
+
+
+VALUES = {"max_new_tokens": 4, "temperature": 0.0, "top_k": 0, "top_p": 1.0}
+VALUES |= {"seed": 0, "stop": [], "stop_token": []}
+
+
+@pytest.mark.parametrize(
+  ("values", "words"),
+  [
+    (
+      {"stop_token": ["</s>", "gren"]},
+      "stop_token: 'gren' is none of the 20 tokens of the checkpoint; the "
+      "nearest one is 'green'; --stop takes any text",
+    ),
+    ({"stop": ""}, "a stop string is empty; leave it out"),
+    ({"top_p": 0}, "sampling.top_p: found 0, expected above 0"),
+    ({"top_k": -1}, "sampling.top_k: found -1, expected 0 or more"),
+    ({"seed": -1}, "sampling.seed: found -1, expected 0 to 2^32 - 1"),
+    ({"max_new_tokens": 0}, "max_new_tokens is 0, expected at least 1"),
+  ],
+)
+def test_wrong_value(engine, values, words):
+  """For all requests, or for one of them."""
+  with pytest.raises(UserError) as e:
+    ask.Maker(engine, VALUES | values)
+  assert str(e.value).startswith(words)
+  with pytest.raises(UserError) as e:
+    ask.Maker(engine, VALUES)([("a ?", None)], fields=values)
+  assert str(e.value).startswith(words)

@@ -1,0 +1,252 @@
+"""A folder of easy-VQA's images into a store: damaged, killed, interrupted."""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import easy_vqa
+import numpy as np
+import pytest
+
+import vocojax
+from tests import runs
+from vocojax.config import load_module, phases
+from vocojax.inference.cache import image_hash
+from vocojax.inference.store import CacheStore
+from vocojax.training import loop
+
+TAIL = """\
+  c.model.compressor.num_voco_tokens = 2
+  c.training.steps = 1
+"""
+REAL = pathlib.Path(easy_vqa.__file__).parent / "data" / "test" / "images"
+MANY = 400
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A checkpoint in `voco`, and 400 images in `many`."""
+  folder = tmp_path_factory.mktemp("compress")
+  runs.write_data(folder)
+  path = runs.write_config(folder, "one.py", TAIL + runs.ONE_PHASE)
+  (config,) = phases(load_module(str(path)))
+  with runs.quick_compile():
+    loop.run(runs.phase(config, folder / "voco"))
+  (folder / "many").mkdir()
+  for i in range(MANY):
+    shutil.copy(REAL / f"{i}.png", folder / "many")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+  with runs.quick_compile():
+    yield vocojax.load(str(folder / "voco"))
+
+
+@pytest.fixture(scope="module")
+def program(folder):
+  forks = runs.Forks(folder, "vocojax.compress")
+  yield lambda images, store, *arguments: forks.run(
+    *command(folder, images, store), *arguments
+  )
+  forks.close()
+
+
+def command(folder, images, store):
+  return (
+    f"--checkpoint={folder}/voco",
+    f"--images={images}",
+    f"--store={store}",
+    "--batch_size=4",
+  )
+
+
+def contents(store, k=2):
+  """Bytes of all entries, by image."""
+  entries = pathlib.Path(store, "vocojax-cache").rglob(f"k{k}/*")
+  return {p.name: p.read_bytes() for p in entries}
+
+
+@pytest.fixture(scope="module")
+def whole(folder, program):
+  """The entries of an uninterrupted run over `many`."""
+  status, out, _ = program(folder / "many", folder / "whole")
+  assert status == 0
+  assert f"{MANY} files: {MANY} compressed (" in out
+  found = contents(folder / "whole")
+  assert len(found) == MANY
+  return found
+
+
+def test_folder_with_all_sorts_of_files(tmp_path, program, engine):
+  images, store = tmp_path / "images", tmp_path / "store"
+  good = {"0.png": 0, "a/1.png": 1, "a/b/2.PNG": 2, "c d/é.png": 3}
+  good |= {f"e/{i}.png": i for i in range(4, 20)}
+  for name, i in good.items():
+    (images / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(REAL / f"{i}.png", images / name)
+  shutil.copy(REAL / "1.png", images / "again.png")
+  (images / "a" / "text.png").write_text("not an image")
+  (images / "empty.jpg").write_bytes(b"")
+  (images / "half.jpeg").write_bytes((REAL / "30.png").read_bytes()[:200])
+  (images / "gone.webp").symlink_to("nowhere")
+  (images / "notes.txt").write_text("not meant")
+  status, out, err = program(images, store)
+  assert status == 1
+  failed = [x for x in err.splitlines() if x.startswith("failed: ")]
+  assert [x.split(": ")[1] for x in failed] == [
+    f"{images}/{x}" for x in ("a/text.png", "empty.jpg", "gone.webp")
+  ] + [f"{images}/half.jpeg"]
+  for line, words in zip(
+    failed,
+    (
+      "not an image of a known format",
+      "an empty file",
+      "cannot be read (No such file or directory)",
+      "not an image that can be read",
+    ),
+    strict=True,
+  ):
+    assert words in line
+  lines = out.splitlines()
+  assert lines[0] == "each image: 16 patches -> 2 tokens, 512 bytes (float32)"
+  assert lines[1].startswith("25 files: 20 compressed (")
+  assert lines[1].endswith(f" images/s), 1 already in {store}, 4 failed")
+  with CacheStore(str(store)) as opened:
+    for name in good:
+      content = (images / name).read_bytes()
+      found = opened.get(engine.origin, 2, image_hash(content))
+      expected = engine.compress(content)
+      assert found.image_hashes == expected.image_hashes
+      np.testing.assert_allclose(found.keys, expected.keys, atol=1e-5)
+      np.testing.assert_allclose(found.values, expected.values, atol=1e-5)
+    assert len(opened.ls()) == 20
+  # Nothing is left to do but what failed.
+  (images / "empty.jpg").unlink()
+  status, out, _ = program(images, store)
+  assert status == 1
+  assert out.startswith("24 files: 0 compressed (0.0 images/s), 21 already in")
+
+
+def test_int8_and_fewer_tokens(tmp_path, folder, program, engine):
+  images = tmp_path / "images"
+  images.mkdir()
+  for i in range(9):
+    shutil.copy(REAL / f"{i}.png", images)
+  status, out, _ = program(
+    images, tmp_path / "store", "--int8", "--num_voco_tokens=1"
+  )
+  assert status == 0
+  # 2 x 2 layers x 2 heads x 8 bytes and 2 x 2 x 2 scales.
+  assert "each image: 16 patches -> 1 token, 96 bytes (int8)" in out
+  store = CacheStore(str(tmp_path / "store"))
+  for path in images.iterdir():
+    found = store.get(engine.origin, 1, image_hash(path.read_bytes()))
+    assert found.dtype == "int8"
+    # The first of two tokens is what the only one would be.
+    expected = engine.compress(path).truncate(1)
+    for x, y in (("keys", "key_scales"), ("values", "value_scales")):
+      step = getattr(found, y)[:, :, None, :, None]
+      difference = getattr(found.dequantize(), x) - getattr(expected, x)
+      assert (np.abs(difference) <= 0.501 * step + 1e-6).all()
+
+
+def start(folder, store, *arguments):
+  """A process of its own group, as a terminal's Ctrl-C wants it."""
+  return subprocess.Popen(
+    [
+      sys.executable,
+      "-m",
+      "vocojax.compress",
+      *command(folder, folder / "many", store),
+      *arguments,
+    ],
+    cwd=runs.ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"} | runs.cached(folder),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+  )
+
+
+def wait_for_entries(process, store, count):
+  while len(contents(store)) < count:
+    assert process.poll() is None, process.stderr.read()
+    time.sleep(0.002)
+
+
+def test_killed_and_resumed(tmp_path, folder, program, whole):
+  """The second run compresses what the first did not store, and only that."""
+  store = tmp_path / "store"
+  process = start(folder, store)
+  wait_for_entries(process, store, 30)
+  process.kill()
+  process.communicate()
+  before = contents(store)
+  assert 30 <= len(before) < MANY
+  status, out, _ = program(folder / "many", store)
+  left = MANY - len(before)
+  assert status == 0
+  assert f"{MANY} files: {left} compressed (" in out
+  assert f"{len(before)} already in {store}, 0 failed" in out
+  assert contents(store) == whole
+  assert before.items() <= whole.items()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_interrupted_and_resumed(tmp_path, folder, program, whole, workers):
+  store = tmp_path / "store"
+  process = start(folder, store, f"--num_workers={workers}")
+  wait_for_entries(process, store, 20)
+  os.killpg(process.pid, signal.SIGINT)
+  out, err = process.communicate(timeout=60)
+  assert process.returncode == 130, err
+  assert "Traceback" not in err
+  done = len(contents(store))
+  assert 20 <= done < MANY
+  assert out.splitlines()[-1] == (
+    f"stopped: {done} of {MANY} are in the store; the same command goes on "
+    "from there"
+  )
+  status, out, _ = program(folder / "many", store)
+  assert status == 0 and f" {MANY - done} compressed (" in out
+  assert contents(store) == whole
+
+
+def test_shards_share_the_work(tmp_path, folder, program, whole):
+  store = tmp_path / "store"
+  seen = []
+  for i in range(3):
+    status, out, _ = program(folder / "many", store, f"--shard={i}/3")
+    assert status == 0
+    seen.append(int(out.splitlines()[-1].split(" files: ")[0]))
+    assert f"{seen[-1]} files: {seen[-1]} compressed (" in out
+    assert len(contents(store)) == sum(seen)
+  assert seen == [134, 133, 133]
+  assert contents(store) == whole
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    (["--images=/nowhere"], "--images=/nowhere: no such folder; name one"),
+    (["--images=EMPTY"], "no file in it ends in one of .bmp .gif .jpeg .jpg"),
+    (["--store=x://y"], "--store=x://y: expected a folder, or a URL"),
+    (["--shard=2/2"], "--shard=2/2: expected I/N with I from 0 to N - 1"),
+    (["--shard=2"], "--shard=2: expected I/N"),
+    (["--num_voco_tokens=3"], "was trained with 2; choose 1 to 2"),
+    (["--checkpoint=/nowhere"], "/nowhere: no folder 'checkpoints' in it"),
+    (["--batch_size=0"], "--batch_size=0: 0 is not a positive integer"),
+  ],
+)
+def test_mistakes(tmp_path, folder, program, arguments, words):
+  arguments = [x.replace("EMPTY", str(tmp_path)) for x in arguments]
+  status, out, err = program(folder / "many", tmp_path / "s", *arguments)
+  assert (status, out) == (2, "")
+  assert err.startswith("error: ") and words in err and err.count("\n") == 1

@@ -1,0 +1,333 @@
+"""Compresses a folder of images into a store, once for all questions.
+
+  python -m vocojax.compress --checkpoint=WORKDIR/voco --images=DIR --store=URL
+
+What the store has is skipped, so that the same command goes on where it was
+stopped. Files that are no images are listed at the end, and the exit status is
+1. `python -m vocojax.ask --store=URL` then finds the images without the vision
+tower. Read next: inference/store.py, inference/engine.py.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+import grain
+import jax
+import numpy as np
+import tqdm
+from absl import flags, logging
+
+import vocojax
+from vocojax import cli
+from vocojax.data import images
+from vocojax.errors import DataError, UserError
+from vocojax.inference.cache import VocoCache, image_hash
+from vocojax.inference.engine import Engine
+from vocojax.inference.store import CacheStore
+from vocojax.training import checkpoint
+
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint",
+  None,
+  "Phase folder of a workdir, or one step of it.",
+  required=True,
+)
+_IMAGES = flags.DEFINE_string(
+  "images", None, "Folder of image files; subfolders count.", required=True
+)
+_STORE = flags.DEFINE_string(
+  "store",
+  None,
+  "Where to put them: a folder, or a URL file://, gs:// or s3://.",
+  required=True,
+)
+_NUM_VOCO_TOKENS = flags.DEFINE_integer(
+  "num_voco_tokens",
+  None,
+  "Tokens to make of an image; by default as the checkpoint was trained.",
+)
+_INT8 = flags.DEFINE_boolean(
+  "int8",
+  False,
+  "Store 8-bit numbers: half the bytes of bfloat16. What the store has stays "
+  "as it is.",
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size", 8, "Images compressed at a time.", lower_bound=1
+)
+_NUM_WORKERS = flags.DEFINE_integer(
+  "num_workers",
+  0,
+  "Processes that decode images; 0 decodes in a thread of this one.",
+  lower_bound=0,
+)
+_SHARD = flags.DEFINE_string(
+  "shard",
+  None,
+  "I/N: take only every N-th file, from the I-th, counting from 0. By default "
+  "JAX's process of all processes.",
+)
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Image:
+  """An image file that was read.
+
+  Attributes:
+    digest: hash of its bytes; '' if it could not be read.
+    pixels: as the model wants them; None if they are not needed or not there.
+    error: what is wrong with it, if anything.
+  """
+
+  digest: str = ""
+  pixels: np.ndarray | None = None
+  error: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read(grain.transforms.Map):
+  """Path to `_Image`; what is in the store is not decoded."""
+
+  there: frozenset[str]
+  size: int
+  pad_to_square: bool
+
+  def map(self, path: str) -> _Image:
+    try:
+      content = pathlib.Path(path).read_bytes()
+    except OSError as e:
+      return _Image(error=f"{path}: cannot be read ({e.strerror})")
+    digest = image_hash(content)
+    if digest in self.there:
+      return _Image(digest)
+    try:
+      image = images.decode_image(content, path)
+      pixels = images.preprocess(image, self.size, self.pad_to_square)
+    except DataError as e:
+      return _Image(digest, error=str(e))
+    return _Image(digest, pixels)
+
+
+def main() -> int | None:
+  logging.set_verbosity(logging.WARNING)
+  paths = find_images(_IMAGES.value)
+  index, count = _shard(_SHARD.value)
+  paths = paths[index::count]
+  with CacheStore(_STORE.value) as store:
+    engine = vocojax.load(
+      _CHECKPOINT.value,
+      num_voco_tokens=_NUM_VOCO_TOKENS.value,
+      slots=1,
+      max_images=0,
+      compress_batch=_BATCH_SIZE.value,
+    )
+    config = checkpoint.load(_CHECKPOINT.value).config
+    there = store.hashes(engine.origin, engine.num_image_tokens)
+    read = _Read(
+      frozenset(there),
+      config.model.vision.image_size,
+      config.data.pad_to_square,
+    )
+    work = _Work(engine, store, _INT8.value, len(paths))
+    with contextlib.closing(_open(paths, read)) as opened, _Stop() as stop:
+      work.run(opened, stop)
+  return work.report(stop.arrived)
+
+
+def find_images(folder: str) -> list[str]:
+  """Paths of all image files in a folder and its subfolders, sorted.
+
+  Raises:
+    DataError: it is no folder, or there are none.
+  """
+  root = pathlib.Path(folder).expanduser()
+  if not root.is_dir():
+    raise DataError(
+      f"--images={folder}: no such folder; name one with image files"
+    )
+  paths = sorted(
+    os.path.join(where, name)
+    for where, _, names in os.walk(root)
+    for name in names
+    if name.lower().endswith(SUFFIXES)
+  )
+  if not paths:
+    raise DataError(
+      f"--images={folder}: no file in it ends in one of {' '.join(SUFFIXES)}; "
+      "name a folder with image files"
+    )
+  return paths
+
+
+def _shard(text: str | None) -> tuple[int, int]:
+  if text is None:
+    return jax.process_index(), jax.process_count()
+  index, _, count = text.partition("/")
+  if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+    raise UserError(
+      f"--shard={text}: expected I/N with I from 0 to N - 1, such as 0/4"
+    )
+  return int(index), int(count)
+
+
+def _open(paths: list[str], read: _Read) -> grain.DatasetIterator:
+  """Images in the order of their paths, read ahead of use."""
+  ahead = 2 * _BATCH_SIZE.value
+  # One thread: decoding holds the interpreter lock most of the time.
+  dataset = (
+    grain.MapDataset.source(paths)
+    .map(read)
+    .to_iter_dataset(
+      grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)
+    )
+  )
+  if _NUM_WORKERS.value:
+    dataset = dataset.mp_prefetch(
+      grain.MultiprocessingOptions(
+        num_workers=_NUM_WORKERS.value,
+        per_worker_buffer_size=-(-ahead // _NUM_WORKERS.value),
+      )
+    )
+  return iter(dataset)
+
+
+class _Work:
+  """Images on their way into the store."""
+
+  def __init__(
+    self, engine: Engine, store: CacheStore, int8: bool, num_files: int
+  ):
+    self._engine = engine
+    self._store = store
+    self._int8 = int8
+    self._num_files = num_files
+    self._waiting: dict[str, np.ndarray] = {}  # pixels by hash
+    self._seen: set[str] = set()  # read before in this run
+    self._compressed = self._skipped = 0
+    self._failed: list[str] = []
+    self._seconds = 0.0
+    self._entry: VocoCache | None = None  # what an image becomes
+
+  def run(self, files: Iterator[_Image], stop: "_Stop") -> None:
+    """Compresses a batch while the one before is being stored.
+
+    Raises:
+      CacheError: the store cannot be written to.
+    """
+    started = time.perf_counter()
+    bar = tqdm.tqdm(
+      total=self._num_files,
+      desc="compressed",
+      unit="image",
+      mininterval=1 if sys.stderr.isatty() else 20,
+      dynamic_ncols=True,
+    )
+    with bar, concurrent.futures.ThreadPoolExecutor(1) as writer:
+      pending = None
+      for image in files:
+        self._take(image, bar)
+        if len(self._waiting) == self._engine.compress_batch:
+          pending = self._flush(writer, pending, bar)
+        if stop.arrived:
+          break
+      else:
+        if self._waiting:
+          pending = self._flush(writer, pending, bar)
+      self._settle(pending, bar)
+    self._seconds = time.perf_counter() - started
+
+  def report(self, stopped: bool) -> int:
+    """Prints what was done; the exit status."""
+    if self._entry is not None:
+      entry, k = self._entry, self._entry.num_voco_tokens
+      print(
+        f"each image: {self._engine.num_patches:,} patches -> {k:,} "
+        f"token{'s' if k > 1 else ''}, {entry.nbytes // entry.num_images:,} "
+        f"bytes ({entry.dtype})"
+      )
+    for line in self._failed:
+      print(f"failed: {line}", file=sys.stderr)
+    print(
+      f"{self._num_files:,} files: {self._compressed:,} compressed "
+      f"({self._compressed / self._seconds:,.1f} images/s), {self._skipped:,} "
+      f"already in {self._store.url}, {len(self._failed):,} failed"
+    )
+    if stopped:
+      done = self._compressed + self._skipped
+      print(
+        f"stopped: {done:,} of {self._num_files:,} are in the store; the same "
+        "command goes on from there"
+      )
+      return 130
+    return 1 if self._failed else 0
+
+  def _take(self, image: _Image, bar: tqdm.tqdm) -> None:
+    if image.error:
+      self._failed.append(image.error)
+    elif image.pixels is None or image.digest in self._seen:
+      self._skipped += 1
+    else:
+      self._seen.add(image.digest)
+      self._waiting[image.digest] = image.pixels
+      return
+    bar.update()
+
+  def _flush(self, writer, pending, bar: tqdm.tqdm):
+    """Compresses what is waiting and starts to store it."""
+    cache = self._engine.compress(list(self._waiting.values()))
+    # Known by its file, so that it is found without decoding the file.
+    cache = dataclasses.replace(cache, image_hashes=tuple(self._waiting))
+    if self._int8:
+      cache = cache.quantize()
+    self._waiting = {}
+    self._settle(pending, bar)
+    return cache, writer.submit(self._store.put, cache)
+
+  def _settle(self, pending, bar: tqdm.tqdm) -> None:
+    """Waits until a batch is in the store."""
+    if pending is None:
+      return
+    cache, written = pending
+    written.result()
+    self._entry = cache
+    self._compressed += cache.num_images
+    bar.update(cache.num_images)
+
+
+class _Stop:
+  """Notes Ctrl-C or SIGTERM, so that a batch can be finished.
+
+  A second one ends the program at once.
+  """
+
+  def __enter__(self):
+    self.arrived = False
+    self._before = {
+      number: signal.signal(number, self._note)
+      for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    return self
+
+  def _note(self, *_):
+    self.arrived = True
+    self._restore()
+
+  def _restore(self):
+    for number, before in self._before.items():
+      signal.signal(number, before)
+
+  def __exit__(self, *_):
+    self._restore()
+
+
+if __name__ == "__main__":
+  cli.run(main, __doc__)

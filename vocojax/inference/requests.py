@@ -1,0 +1,257 @@
+"""What is asked of the engine and what comes back. Read next: engine.py."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+import transformers
+from PIL import Image
+
+from vocojax.data import images, prompt
+from vocojax.errors import DataError, UserError
+from vocojax.inference.cache import CacheOrigin, VocoCache, image_hash
+from vocojax.inference.sampling import Sampling
+from vocojax.inference.text import AnswerText
+
+# A path, the content of an image file, an opened image, or RGB pixels uint8
+# [height, width, 3].
+ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """A question, or a conversation that ends in one.
+
+  Attributes:
+    turns: (question, answer) each; the last answer is None.
+    images: a cache, or one or several images to compress first; None for text
+      alone.
+    max_new_tokens: the answer ends after so many tokens, or where its row is
+      full.
+    sampling: how tokens are chosen.
+    stop: strings that end the answer; the text is cut before them.
+    stop_token_ids: tokens that end the answer, besides `</s>`.
+    on_text: called with each new piece of the text; together they are the text.
+  """
+
+  turns: Sequence[tuple[str, str | None]]
+  images: VocoCache | ImageLike | Sequence[ImageLike] | None = None
+  max_new_tokens: int = 64
+  sampling: Sampling = dataclasses.field(default_factory=Sampling)
+  stop: tuple[str, ...] = ()
+  stop_token_ids: tuple[int, ...] = ()
+  on_text: Callable[[str], None] | None = None
+
+
+FinishReason = Literal["eos", "stop", "length"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """An answer.
+
+  Attributes:
+    text: without white space at its ends.
+    token_ids: all tokens chosen, with the one that ended the answer.
+    finish_reason: `</s>`, a stop string or token, or no room for more.
+    num_prompt_tokens: tokens of text read.
+    num_image_tokens: tokens that stood for the images.
+  """
+
+  text: str
+  token_ids: tuple[int, ...]
+  finish_reason: FinishReason
+  num_prompt_tokens: int
+  num_image_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+  """What a row of the engine can hold, and how prompts are laid out.
+
+  Attributes:
+    tokenizer: of the checkpoint.
+    layout: of its prompts.
+    strip_newlines: as in `config.prompt`.
+    vocab_size: without padding.
+    origin: of the caches that can be read.
+    max_images: of one request.
+    num_image_tokens: of one image, at most.
+    max_text_length: tokens of a prompt and its answer together.
+  """
+
+  tokenizer: transformers.PreTrainedTokenizerFast
+  layout: prompt.Layout
+  strip_newlines: Literal["original", "none"]
+  vocab_size: int
+  origin: CacheOrigin
+  max_images: int
+  num_image_tokens: int
+  max_text_length: int
+
+
+@dataclasses.dataclass
+class Job:
+  """A request on its way through the engine."""
+
+  index: int
+  request: Request
+  cache: VocoCache | None
+  prompt_ids: list[int]
+  room: Room
+  text: AnswerText
+  token_ids: list[int] = dataclasses.field(default_factory=list)
+
+  @property
+  def num_image_tokens(self) -> int:
+    if self.cache is None:
+      return 0
+    return self.cache.num_images * self.cache.num_voco_tokens
+
+  def push(self, token: int) -> Result | None:
+    """Takes the next token; the result if it was the last."""
+    self.token_ids.append(token)
+    reason = self._reason_to_end(token)
+    if reason is None:
+      return None
+    return Result(
+      self.text.finish(),
+      tuple(self.token_ids),
+      reason,
+      len(self.prompt_ids),
+      self.num_image_tokens,
+    )
+
+  def _reason_to_end(self, token: int) -> FinishReason | None:
+    if token == self.room.tokenizer.eos_token_id:
+      return "eos"
+    if token in self.request.stop_token_ids or self.text.push(token):
+      return "stop"
+    count = len(self.token_ids)
+    # The last token is never read, so it needs no slot.
+    full = len(self.prompt_ids) + count > self.room.max_text_length
+    if count == self.request.max_new_tokens or full:
+      return "length"
+    return None
+
+
+def prepare(
+  request: Request, cache: VocoCache | None, index: int, room: Room
+) -> Job:
+  """Checks a request and lays out its prompt.
+
+  Args:
+    request: the request.
+    cache: of its images.
+    index: its number, for errors.
+    room: what it must fit into.
+
+  Raises:
+    UserError: it cannot be answered.
+  """
+  where = f"request {index}"
+  _check_fields(request, where, room)
+  if cache is not None:
+    _check_cache(cache, where, room)
+  ids, _ = prompt.encode(
+    room.layout,
+    room.tokenizer,
+    request.turns,
+    has_image=cache is not None,
+    strip_newlines=room.strip_newlines,
+  )
+  if len(ids) > room.max_text_length:
+    raise UserError(
+      f"{where}: its prompt has {len(ids)} tokens, but a row has room for "
+      f"{room.max_text_length}; shorten it, or set max_text_length to more"
+    )
+  text = AnswerText(room.tokenizer, request.stop, request.on_text)
+  return Job(index, request, cache, ids, room, text)
+
+
+def _check_fields(request: Request, where: str, room: Room) -> None:
+  if not request.turns:
+    raise UserError(f"{where}: no question; give at least one turn")
+  for i, (question, answer) in enumerate(request.turns):
+    last = i + 1 == len(request.turns)
+    if not question.strip():
+      raise UserError(f"{where}: question {i} is empty; ask something")
+    if (answer is None) != last:
+      raise UserError(
+        f"{where}: turn {i} has {'an' if last else 'no'} answer; all turns "
+        "but the last need one, and the last has None"
+      )
+  if request.max_new_tokens < 1:
+    raise UserError(
+      f"{where}: max_new_tokens is {request.max_new_tokens}, expected at least "
+      "1"
+    )
+  for token in request.stop_token_ids:
+    if not 0 <= token < room.vocab_size:
+      raise UserError(
+        f"{where}: stop token {token} is unknown; the model's tokens are 0 to "
+        f"{room.vocab_size - 1}"
+      )
+  if "" in request.stop:
+    raise UserError(f"{where}: a stop string is empty; leave it out")
+
+
+def _check_cache(cache: VocoCache, where: str, room: Room) -> None:
+  cache.check(room.origin, where)
+  if cache.num_images > room.max_images:
+    raise UserError(
+      f"{where}: {cache.num_images} images, but a row has room for "
+      f"{room.max_images}; leave some out, or set max_images to more"
+    )
+  if cache.num_voco_tokens > room.num_image_tokens:
+    raise UserError(
+      f"{where}: its cache has {cache.num_voco_tokens} tokens per image, but a "
+      f"row has room for {room.num_image_tokens}; truncate the cache, or set "
+      "num_voco_tokens to more"
+    )
+
+
+def as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
+  """One or several images as a list."""
+  if isinstance(images, ImageLike):
+    return [images]
+  return list(images)
+
+
+def read_image(
+  image: ImageLike, size: int, pad_to_square: bool
+) -> tuple[np.ndarray, str]:
+  """Pixels uint8 [size, size, 3] as the model wants them, and the image's hash.
+
+  Raises:
+    DataError: it is not an image, or too large.
+  """
+  if isinstance(image, np.ndarray):
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+      raise DataError(
+        f"image array: found {image.dtype} {list(image.shape)}, expected uint8 "
+        "[height, width, 3] in RGB"
+      )
+    digest, opened = image_hash(image), Image.fromarray(image)
+  elif isinstance(image, Image.Image):
+    digest, opened = image_hash(image), images.to_rgb(image, "image")
+  else:
+    content, name = image, ""
+    if not isinstance(content, bytes):
+      name = os.fspath(image)
+      content = _read_file(name)
+    digest = image_hash(content)
+    opened = images.decode_image(content, name or f"image {digest[:12]}")
+  return images.preprocess(opened, size, pad_to_square), digest
+
+
+def _read_file(path: str) -> bytes:
+  try:
+    return pathlib.Path(path).expanduser().read_bytes()
+  except OSError as e:
+    raise DataError(
+      f"{path}: cannot be read ({e.strerror}); name an image file"
+    ) from e

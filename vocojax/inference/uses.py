@@ -1,0 +1,105 @@
+"""Who used which entry of a store when, for eviction. Read next: blobs.py.
+
+Each process collects uses and writes them to a file of its own, a JSON object
+{key: [bytes, seconds since 1970]}, at most every ten minutes, and when it ends.
+No file is changed after that; `compact` writes one for many and then deletes
+those. So nothing is locked, and the cost is that of the processes, not of the
+entries.
+"""
+
+import json
+import threading
+import time
+import uuid
+
+from absl import logging
+
+from vocojax.errors import CacheError
+from vocojax.inference.blobs import Blobs
+
+FOLDER = "vocojax-uses/1/"
+_MAX_SECONDS = 600  # between two files of a process
+_MAX_COUNT = 4096  # in a file of one process
+
+Sizes = dict[str, tuple[int, float]]  # by key: bytes, time of the last use
+
+
+class Uses:
+  """Size and last use of entries, by key; shared through files."""
+
+  def __init__(self, blobs: Blobs):
+    self._blobs = blobs
+    self._pending: Sizes = {}  # not in a file yet
+    self._known: Sizes = {}  # from files
+    self._files: set[str] = set()  # that `_known` is from
+    self._written = time.monotonic()
+    self._lock = threading.Lock()
+
+  @property
+  def num_files(self) -> int:
+    """That `read` has found."""
+    return len(self._files)
+
+  def note(self, key: str, nbytes: int) -> None:
+    """An entry of this size is used now."""
+    with self._lock:
+      self._pending[key] = nbytes, time.time()
+      seconds = time.monotonic() - self._written
+      due = len(self._pending) >= _MAX_COUNT or seconds > _MAX_SECONDS
+    if due:
+      self.flush()
+
+  def flush(self) -> None:
+    """Writes what is not written; a store that cannot be is left alone."""
+    with self._lock:
+      pending, self._pending = self._pending, {}
+      self._written = time.monotonic()
+    if pending:
+      try:
+        self._write(pending)
+      except CacheError as e:
+        logging.warning("%s; eviction will not know what was used", e)
+
+  def read(self) -> Sizes:
+    """What is known from all processes, of entries there or gone."""
+    with self._lock:
+      while new := set(self._blobs.keys(FOLDER)) - self._files:
+        found = list(self._blobs.read(new))
+        for name, value, _ in found:
+          self._files.add(name)
+          _merge(self._known, _parse(f"{self._blobs.url}: {name}", value))
+        if len(found) == len(new):
+          break  # else another process has just put those together
+      return _merge(dict(self._known), self._pending)
+
+  def compact(self, entries: Sizes) -> None:
+    """Puts all files that were read into one, of these entries only."""
+    with self._lock:
+      old, self._files = self._files, set()
+      self._known = {}
+    if entries:
+      self._write(entries)
+    self._blobs.delete(old)
+
+  def _write(self, entries: Sizes) -> None:
+    name = f"{FOLDER}{uuid.uuid4().hex}"
+    self._blobs.write({name: json.dumps(entries).encode()})
+
+
+def _merge(sizes: Sizes, more: Sizes) -> Sizes:
+  """Adds to `sizes`, of two uses of an entry the later one."""
+  for key, use in more.items():
+    if key not in sizes or sizes[key][1] < use[1]:
+      sizes[key] = use
+  return sizes
+
+
+def _parse(where: str, value: bytes) -> Sizes:
+  try:
+    return {
+      str(key): (int(nbytes), float(used))
+      for key, (nbytes, used) in json.loads(value).items()
+    }
+  except (ValueError, TypeError, AttributeError):
+    logging.warning("%s: damaged, so some uses are forgotten", where)
+    return {}

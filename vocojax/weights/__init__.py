@@ -1,0 +1,1 @@
+"""Published weights in and out of checkpoints. Read first: hf.py."""
