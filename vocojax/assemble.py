@@ -119,6 +119,7 @@ def evaluate(
   workdir: pathlib.Path,
   compressor: str,
   command: str,
+  int8: bool = False,
 ) -> None:
   """Scores a checkpoint, writes the result and prints it in one line.
 
@@ -128,6 +129,7 @@ def evaluate(
     compressor: what text sees of the image; with another one than the
       checkpoint was trained with, a bound.
     command: what was typed, for the provenance.
+    int8: answer from caches of 8-bit numbers.
 
   Raises:
     CheckpointError: the checkpoint cannot be used with this compressor.
@@ -142,11 +144,13 @@ def evaluate(
   name, title = _RESULTS[trained, compressor]
   if layout := loaded.chosen_layout:
     name, title = f"{name}_{layout}", f"{title}, prompt layout {layout}"
+  if int8:
+    name, title = f"{name}_int8", f"{title}, 8-bit cache"
   config = with_compressor(config, compressor, None)
   model, params = _load_model(loaded, config)
   source = make_source(config.data, config.evaluation.split)
   found = answers.answer_questions(
-    config, model, params, loaded.tokenizer, source, title
+    config, model, params, loaded.tokenizer, source, title, int8
   )
   result = answers.write(
     workdir / "evaluation",

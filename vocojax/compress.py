@@ -5,20 +5,17 @@
 What the store has is skipped, so that the same command goes on where it was
 stopped. Files that are no images are listed at the end, and the exit status is
 1. `python -m vocojax.ask --store=URL` then finds the images without the vision
-tower. Read next: inference/store.py, inference/engine.py.
+tower. Read next: inference/folder.py, engine.py, store.py.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
-import os
-import pathlib
 import signal
 import sys
 import time
 from collections.abc import Iterator
 
-import grain
 import jax
 import numpy as np
 import tqdm
@@ -26,10 +23,10 @@ from absl import flags, logging
 
 import vocojax
 from vocojax import cli
-from vocojax.data import images
-from vocojax.errors import DataError, UserError
-from vocojax.inference.cache import VocoCache, image_hash
+from vocojax.errors import UserError
+from vocojax.inference.cache import VocoCache
 from vocojax.inference.engine import Engine
+from vocojax.inference.folder import ImageFile, find_images, read_images
 from vocojax.inference.store import CacheStore
 from vocojax.training import checkpoint
 
@@ -75,47 +72,6 @@ _SHARD = flags.DEFINE_string(
   "JAX's process of all processes.",
 )
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Image:
-  """An image file that was read.
-
-  Attributes:
-    digest: hash of its bytes; '' if it could not be read.
-    pixels: as the model wants them; None if they are not needed or not there.
-    error: what is wrong with it, if anything.
-  """
-
-  digest: str = ""
-  pixels: np.ndarray | None = None
-  error: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Read(grain.transforms.Map):
-  """Path to `_Image`; what is in the store is not decoded."""
-
-  there: frozenset[str]
-  size: int
-  pad_to_square: bool
-
-  def map(self, path: str) -> _Image:
-    try:
-      content = pathlib.Path(path).read_bytes()
-    except OSError as e:
-      return _Image(error=f"{path}: cannot be read ({e.strerror})")
-    digest = image_hash(content)
-    if digest in self.there:
-      return _Image(digest)
-    try:
-      image = images.decode_image(content, path)
-      pixels = images.preprocess(image, self.size, self.pad_to_square)
-    except DataError as e:
-      return _Image(digest, error=str(e))
-    return _Image(digest, pixels)
-
 
 def main() -> int | None:
   logging.set_verbosity(logging.WARNING)
@@ -132,40 +88,18 @@ def main() -> int | None:
     )
     config = checkpoint.load(_CHECKPOINT.value).config
     there = store.hashes(engine.origin, engine.num_image_tokens)
-    read = _Read(
+    files = read_images(
+      paths,
       frozenset(there),
       config.model.vision.image_size,
       config.data.pad_to_square,
+      2 * _BATCH_SIZE.value,
+      _NUM_WORKERS.value,
     )
     work = _Work(engine, store, _INT8.value, len(paths))
-    with contextlib.closing(_open(paths, read)) as opened, _Stop() as stop:
-      work.run(opened, stop)
+    with contextlib.closing(files), _Stop() as stop:
+      work.run(files, stop)
   return work.report(stop.arrived)
-
-
-def find_images(folder: str) -> list[str]:
-  """Paths of all image files in a folder and its subfolders, sorted.
-
-  Raises:
-    DataError: it is no folder, or there are none.
-  """
-  root = pathlib.Path(folder).expanduser()
-  if not root.is_dir():
-    raise DataError(
-      f"--images={folder}: no such folder; name one with image files"
-    )
-  paths = sorted(
-    os.path.join(where, name)
-    for where, _, names in os.walk(root)
-    for name in names
-    if name.lower().endswith(SUFFIXES)
-  )
-  if not paths:
-    raise DataError(
-      f"--images={folder}: no file in it ends in one of {' '.join(SUFFIXES)}; "
-      "name a folder with image files"
-    )
-  return paths
 
 
 def _shard(text: str | None) -> tuple[int, int]:
@@ -177,27 +111,6 @@ def _shard(text: str | None) -> tuple[int, int]:
       f"--shard={text}: expected I/N with I from 0 to N - 1, such as 0/4"
     )
   return int(index), int(count)
-
-
-def _open(paths: list[str], read: _Read) -> grain.DatasetIterator:
-  """Images in the order of their paths, read ahead of use."""
-  ahead = 2 * _BATCH_SIZE.value
-  # One thread: decoding holds the interpreter lock most of the time.
-  dataset = (
-    grain.MapDataset.source(paths)
-    .map(read)
-    .to_iter_dataset(
-      grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)
-    )
-  )
-  if _NUM_WORKERS.value:
-    dataset = dataset.mp_prefetch(
-      grain.MultiprocessingOptions(
-        num_workers=_NUM_WORKERS.value,
-        per_worker_buffer_size=-(-ahead // _NUM_WORKERS.value),
-      )
-    )
-  return iter(dataset)
 
 
 class _Work:
@@ -217,7 +130,7 @@ class _Work:
     self._seconds = 0.0
     self._entry: VocoCache | None = None  # what an image becomes
 
-  def run(self, files: Iterator[_Image], stop: "_Stop") -> None:
+  def run(self, files: Iterator[ImageFile], stop: "_Stop") -> None:
     """Compresses a batch while the one before is being stored.
 
     Raises:
@@ -256,10 +169,11 @@ class _Work:
       )
     for line in self._failed:
       print(f"failed: {line}", file=sys.stderr)
+    rate = f" ({self._compressed / self._seconds:,.1f} images/s)"
     print(
-      f"{self._num_files:,} files: {self._compressed:,} compressed "
-      f"({self._compressed / self._seconds:,.1f} images/s), {self._skipped:,} "
-      f"already in {self._store.url}, {len(self._failed):,} failed"
+      f"{self._num_files:,} files: {self._compressed:,} compressed"
+      f"{rate if self._compressed else ''}, {self._skipped:,} already in "
+      f"{self._store.url}, {len(self._failed):,} failed"
     )
     if stopped:
       done = self._compressed + self._skipped
@@ -270,7 +184,7 @@ class _Work:
       return 130
     return 1 if self._failed else 0
 
-  def _take(self, image: _Image, bar: tqdm.tqdm) -> None:
+  def _take(self, image: ImageFile, bar: tqdm.tqdm) -> None:
     if image.error:
       self._failed.append(image.error)
     elif image.pixels is None or image.digest in self._seen:
@@ -325,8 +239,12 @@ class _Stop:
     for number, before in self._before.items():
       signal.signal(number, before)
 
-  def __exit__(self, *_):
+  def __exit__(self, kind, *_):
     self._restore()
+    if self.arrived and kind is RuntimeError:
+      # A terminal's Ctrl-C goes to all processes, and those that are to read
+      # images were not ready for it.
+      raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

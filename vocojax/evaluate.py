@@ -5,7 +5,8 @@
 Writes WORKDIR/evaluation/NAME.json and the answers, and the report again. With
 `--compressor=voco` on a `full` checkpoint it gives the lower bound. A
 checkpoint whose prompt layout this version lacks is refused unless `--layout`
-names one; NAME then ends in it. Read next: evals/answers.py.
+names one; NAME then ends in it, as it does in `int8` with `--int8`. Read next:
+evals/answers.py.
 """
 
 from absl import flags, logging
@@ -34,6 +35,11 @@ _LAYOUT = flags.DEFINE_enum(
   list(prompt.LAYOUTS),
   "Prompt layout, on purpose another than the checkpoint was trained with.",
 )
+_INT8 = flags.DEFINE_bool(
+  "int8",
+  False,
+  "Answers from 8-bit caches, as vocojax.compress --int8 stores them.",
+)
 
 
 def main() -> None:
@@ -42,7 +48,7 @@ def main() -> None:
   workdir = loaded.path.parents[2]
   compressor = _COMPRESSOR.value or loaded.config.model.compressor.name
   command = assemble.command_line("vocojax.evaluate")
-  assemble.evaluate(loaded, workdir, compressor, command)
+  assemble.evaluate(loaded, workdir, compressor, command, _INT8.value)
   if (workdir / "evaluation" / "voco.json").exists():
     print(f"report: {write_report(workdir)}")
 

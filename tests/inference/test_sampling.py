@@ -96,6 +96,17 @@ def test_frequencies(setting, varied):
   assert abs(np.corrcoef(top[:-1], top[1:])[0, 1]) < 4 / np.sqrt(DRAWS)
 
 
+def test_seeds_and_tokens_are_not_interchangeable():
+  logits = np.repeat(random_logits(np.random.default_rng(4), 1), 1000, axis=0)
+  found = []
+  for shift in (0, 1):
+    many = jax.tree.map(lambda x: np.repeat(x, 1000), rows([Sampling(2.0)]))
+    many.seed[:] = np.arange(1000) + shift
+    many.count[:] = 1 - shift
+    found.append(np.asarray(_sample(logits, many)))
+  assert np.mean(found[0] == found[1]) < 0.3
+
+
 def test_a_row_does_not_depend_on_the_others():
   rng = np.random.default_rng(2)
   settings = [
@@ -121,9 +132,9 @@ def test_a_row_does_not_depend_on_the_others():
 
 def test_extremes():
   logits = jnp.asarray(random_logits(np.random.default_rng(3), 1))
-  for temperature in (1e-30, 1e-3):  # no infinity, no NaN
-    assert _sample(logits, rows([Sampling(temperature)])) == logits.argmax()
-  hot = [Sampling(1e30, seed=i) for i in range(500)]
+  cold = Sampling(1e-6, top_k=9, top_p=0.9)
+  assert _sample(100 * logits, rows([cold])) == logits.argmax()
+  hot = [Sampling(1e6, seed=i) for i in range(500)]
   tokens = np.asarray(_sample(jnp.repeat(logits, 500, axis=0), rows(hot)))
   assert set(tokens.tolist()) == set(range(VOCABULARY))  # never the padding
   # Equally likely tokens stay together.
@@ -136,6 +147,7 @@ def test_extremes():
   "field, value",
   [
     ("temperature", -0.1),
+    ("temperature", 1e-7),
     ("temperature", float("nan")),
     ("temperature", float("inf")),
     ("top_k", -1),

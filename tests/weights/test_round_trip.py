@@ -24,8 +24,8 @@ from vocojax.weights.source import Request
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
   """Layers in several chunks, tensors in several blocks, several files."""
-  monkeypatch.setattr(stream, "_CHUNK_BYTES", 700)
-  monkeypatch.setattr(write_out, "_BLOCK_BYTES", 300)
+  monkeypatch.setattr(stream, "_CHUNK_BYTES", 120)
+  monkeypatch.setattr(write_out, "_BLOCK_BYTES", 100)
   monkeypatch.setattr(write_out, "_SHARD_BYTES", 5000)
 
 

@@ -21,6 +21,7 @@ import transformers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from tests import runs
+from vocojax.models import layers
 from vocojax.models.cache import ImageKeyValues
 from vocojax.training import checkpoint, loop
 
@@ -198,12 +199,13 @@ def _answers(model, params, prompts: list[list[int]]):
   positions = jnp.zeros((len(ids), 0), jnp.int32)
   slots = ids.shape[1] + NEW_TOKENS
   cache = model.place(no_images, positions, slots)
-  extend = jax.jit(model.extend)
+  extend = jax.jit(model.extend, donate_argnames="cache")
+  llm = params["llm"] | {"layers": layers.unstack(params["llm"]["layers"])}
   read, last, found = np.zeros_like(lengths), lengths - 1, []
   for _ in range(NEW_TOKENS):
     at = jnp.asarray(read)  # without images a slot is a position
     logits, cache = extend(
-      params, jnp.asarray(ids), cache, at, at, jnp.asarray(last)
+      {"llm": llm}, jnp.asarray(ids), cache, at, at, jnp.asarray(last)
     )
     found.append(np.asarray(logits).argmax(axis=-1).astype(np.int32))
     read = read + last + 1

@@ -24,8 +24,8 @@ from vocojax.data.sources import Record, Source
 from vocojax.inference.engine import Engine, Request
 from vocojax.models.vlm import VisionLanguageModel
 
-SLOTS_PER_RECORD = 8  # questions answered at once, for each record of a batch
-PREFILLS = 4  # prompts are read in so many parts; fewer fill up more slowly
+SLOTS_PER_RECORD = 2  # questions answered at once, for each record of a batch
+PREFILLS = 4  # calls that fill all slots: few, but none mostly empty
 KEPT_IMAGES = 8  # records whose attention is kept, from the first
 KEPT_WRONG = 4  # further records, of those with a wrong answer
 
@@ -75,10 +75,12 @@ def answer_questions(
   tokenizer: transformers.PreTrainedTokenizerFast,
   source: Source,
   title: str,
+  int8: bool = False,
 ) -> Evaluation:
   """Compresses each image once and answers all its questions from the cache.
 
-  Each conversation's first question is asked; its answer is the truth.
+  Each conversation's first question is asked; its answer is the truth. With
+  `int8` the cache is rounded to 8-bit numbers before.
   """
   evaluation = config.evaluation
   slots = evaluation.batch_size * SLOTS_PER_RECORD
@@ -107,9 +109,9 @@ def answer_questions(
   seconds = 0.0
   for number, (records, images) in enumerate(batches):
     if number == 0:  # compile outside the measured time
-      _answer(engine, records, images, evaluation.max_new_tokens)
+      _answer(engine, records, images, evaluation.max_new_tokens, int8)
     started = time.perf_counter()
-    found = _answer(engine, records, images, evaluation.max_new_tokens)
+    found = _answer(engine, records, images, evaluation.max_new_tokens, int8)
     seconds += time.perf_counter() - started
     _keep(kept, records, images, found)
     asked += found
@@ -156,10 +158,13 @@ def _answer(
   records: list[Record],
   images: list[np.ndarray],
   max_new_tokens: int,
+  int8: bool,
 ) -> list[_Asked]:
   """All questions of a batch of records, answered."""
   flat = [image for pixels in images for image in pixels]
   cache = engine.compress(flat) if flat else None
+  if cache is not None and int8:
+    cache = cache.quantize()
   asked, requests, first = [], [], 0
   for record, pixels in zip(records, images, strict=True):
     own = range(first, first + len(pixels))

@@ -15,7 +15,7 @@ import tqdm
 from vocojax.errors import UserError
 from vocojax.inference.engine import Engine
 from vocojax.inference.jobs import Answers, Job
-from vocojax.inference.lookup import Lookup, join
+from vocojax.inference.lookup import Found, Lookup, join
 from vocojax.inference.requests import Request
 
 
@@ -91,7 +91,8 @@ class Batch:
         except UserError as e:
           self._fail(job, str(e), bar)
           continue
-        self.size = images[0].size if images else self.size
+        if images and isinstance(images[0], Found):
+          self.size = images[0].size
         asked.append(job)
         yield request
 

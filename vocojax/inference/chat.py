@@ -157,14 +157,12 @@ class Chat:
           raise _Interrupted
 
       turns = [*self._turns, (question, None)]
+      request = self._make(turns, self._cache, on_text=on_text)
       try:
-        [answer.result] = self._engine.run(
-          [self._make(turns, self._cache, on_text=on_text)]
-        )
+        [answer.result] = self._engine.run([request])
       except _Interrupted:
         print(" [interrupted]", end="")
-      finally:
-        print()
+    print()
     answer.ended = time.perf_counter()
     answer.compiled = self._engine.num_compilations > compiled
     if answer.result and answer.result.finish_reason == "length":

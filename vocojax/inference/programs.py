@@ -9,6 +9,7 @@ for a row depends on nothing else in the batch.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ class Programs:
   @property
   def num_compilations(self) -> int:
     """As the caches of `jax.jit` have it: one for each new shape or layout."""
-    programs = (self.compress, self.prefill, self.decode)
+    programs: tuple[Any, ...] = (self.compress, self.prefill, self.decode)
     return sum(program._cache_size() for program in programs)
 
 

@@ -241,7 +241,7 @@ def read_image(
   else:
     content, name = image, ""
     if not isinstance(content, bytes):
-      name = os.fspath(image)
+      name = str(image)
       content = _read_file(name)
     digest = image_hash(content)
     opened = images.decode_image(content, name or f"image {digest[:12]}")

@@ -5,12 +5,11 @@ B rows, V padded vocabulary. Read next: programs.py, which calls `sample`.
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, Int32, Shaped, UInt32
+from jaxtyping import Array, Float, Float32, Int32, UInt32
 
 from vocojax.errors import UserError
 
@@ -20,7 +19,8 @@ class Sampling:
   """How the tokens of one answer are chosen.
 
   Attributes:
-    temperature: logits are divided by it; 0 always takes the likeliest token.
+    temperature: logits are divided by it, 1e-6 to 1e6; 0 always takes the
+      likeliest token.
     top_k: only the so many likeliest tokens may be drawn; 0 is all.
     top_p: only the likeliest tokens may be drawn, as few as reach this
       probability together, after `temperature` and `top_k`; 1 is all.
@@ -37,8 +37,9 @@ class Sampling:
   seed: int = 0
 
   def __post_init__(self):
-    finite = math.isfinite(self.temperature)
-    _require(finite and self.temperature >= 0, self, "temperature", "0 or more")
+    # Within it no float32 logit becomes infinite, or padding likely.
+    within = self.temperature == 0 or 1e-6 <= self.temperature <= 1e6
+    _require(within, self, "temperature", "0, or 1e-6 to 1e6")
     _require(0 <= self.top_k < 2**31, self, "top_k", "0 or more")
     _require(0 < self.top_p <= 1, self, "top_p", "above 0 and at most 1")
     _require(0 <= self.seed < 2**32, self, "seed", "0 to 2^32 - 1")
@@ -117,11 +118,8 @@ def distribution(
   -inf for what `top_k` and `top_p` leave out. Of equally likely tokens all stay
   if one does.
   """
-  real = logits > jnp.finfo(jnp.float32).min
-  # Below 0, so that no temperature makes infinities of them.
-  logits -= jnp.max(logits, axis=-1, keepdims=True)
   temperature = jnp.where(rows.temperature > 0, rows.temperature, 1)
-  log_weights = jnp.where(real, logits / temperature[:, None], -jnp.inf)
+  log_weights = logits / temperature[:, None]
   # Sorting costs more than the rest: only if a row needs it.
   return jax.lax.cond(
     jnp.any((rows.top_k > 0) | (rows.top_p < 1)),
@@ -132,8 +130,8 @@ def distribution(
 
 def _cut(
   log_weights: Float[Array, "B V"],
-  top_k: Int[Array, " B"],
-  top_p: Shaped[Array, " B"],
+  top_k: Int32[Array | np.ndarray, " B"],
+  top_p: Float32[Array | np.ndarray, " B"],
 ) -> Float[Array, "B V"]:
   V = log_weights.shape[-1]
   ordered = jnp.sort(log_weights, axis=-1, descending=True)

@@ -1,7 +1,8 @@
 """The vision-language model: two streams, one stack. Next: training/step.py.
 
 B text rows, F image slots per row, A image-stream length, K visible tokens of
-an image, T text length, L layers, D width, V padded vocabulary.
+an image, T text length, L layers, D width, V padded vocabulary. In a text cache
+C slots for the tokens of a row's images, S slots in all.
 
 No row of an image stream depends on text, so the masked joint pass over
 [image streams, text] is exactly two causal passes over the same weights, joined
@@ -257,8 +258,8 @@ class VisionLanguageModel:
     params,
     input_ids: Int[Array, "B T"],
     cache: TextCache,
-    slot: Int[Array, " B"],
-    position: Int[Array, " B"],
+    slot: Int[Array | np.ndarray, " B"],
+    position: Int[Array | np.ndarray, " B"],
     last: Int[Array, " B"],
   ) -> tuple[Float32[Array, "B V"], TextCache]:
     """Stage 2: reads T more tokens of each row.

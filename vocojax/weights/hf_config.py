@@ -16,9 +16,10 @@ from vocojax.errors import WeightsError
 from vocojax.weights.hf import Layout
 
 # Towers that LLaVA names and does not describe.
+_PUBLISHER = "openai/"
 _TOWERS = {
-  "openai/clip-vit-large-patch14-336": {"image_size": 336},
-  "openai/clip-vit-large-patch14": {"image_size": 224},
+  "clip-vit-large-patch14-336": {"image_size": 336},
+  "clip-vit-large-patch14": {"image_size": 224},
 }
 _CLIP_LARGE = {
   "hidden_size": 1024,
@@ -67,12 +68,11 @@ def vision_values(
   if "vision_config" in values:
     return values["vision_config"]
   tower = values.get("mm_vision_tower", "")
-  if tower in _TOWERS:
-    return _CLIP_LARGE | _TOWERS[tower]
   local = folder / tower
   if tower and (local / "config.json").is_file():
     return clip_values(local)
-  return None
+  known = _TOWERS.get(pathlib.PurePath(tower).name)  # of any publisher's disk
+  return known and _CLIP_LARGE | known
 
 
 def clip_values(folder: pathlib.Path) -> dict[str, Any]:
@@ -269,5 +269,5 @@ def tower_name(config: ModelConfig) -> str | None:
   values = published_vision(config.vision)
   for name, own in _TOWERS.items():
     if (_CLIP_LARGE | own).items() <= values.items():
-      return name
+      return _PUBLISHER + name
   return None

@@ -1,0 +1,127 @@
+"""A folder of image files, read ahead of use, with Grain. Read next: store.py.
+
+S pixels a side of an image as the model wants it.
+"""
+
+import dataclasses
+import os
+import pathlib
+import signal
+
+import grain
+from jaxtyping import UInt8
+from numpy import ndarray
+
+from vocojax.data import images
+from vocojax.errors import DataError
+from vocojax.inference.cache import image_hash
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFile:
+  """An image file that was read.
+
+  Attributes:
+    digest: hash of its bytes; '' if it could not be read.
+    pixels: None if they are known already, or cannot be had.
+    error: what is wrong with it, if anything.
+  """
+
+  digest: str = ""
+  pixels: UInt8[ndarray, "S S 3"] | None = None
+  error: str = ""
+
+
+def find_images(folder: str) -> list[str]:
+  """Paths of all image files in a folder and its subfolders, sorted.
+
+  Raises:
+    DataError: it is no folder, or there are none.
+  """
+  root = pathlib.Path(folder).expanduser()
+  if not root.is_dir():
+    raise DataError(
+      f"--images={folder}: no such folder; name one with image files"
+    )
+  paths = sorted(
+    os.path.join(where, name)
+    for where, _, names in os.walk(root)
+    for name in names
+    if name.lower().endswith(SUFFIXES)
+  )
+  if not paths:
+    raise DataError(
+      f"--images={folder}: no file in it ends in one of {' '.join(SUFFIXES)}; "
+      "name a folder with image files"
+    )
+  return paths
+
+
+def read_images(
+  paths: list[str],
+  known: frozenset[str],
+  size: int,
+  pad_to_square: bool,
+  ahead: int,
+  num_workers: int,
+) -> grain.DatasetIterator:
+  """An iterator of one `ImageFile` for each path, in their order.
+
+  Args:
+    paths: of the files.
+    known: hashes of files that are not to be decoded.
+    size: S.
+    pad_to_square: as in `config.data`.
+    ahead: images that are read ahead.
+    num_workers: processes that do so; 0 is a thread of this one.
+  """
+  # One thread: decoding holds the interpreter lock most of the time.
+  dataset = (
+    grain.MapDataset.source(paths)
+    .map(_Read(known, size, pad_to_square))
+    .to_iter_dataset(
+      grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)
+    )
+  )
+  if num_workers:
+    dataset = dataset.mp_prefetch(
+      grain.MultiprocessingOptions(
+        num_workers=num_workers,
+        per_worker_buffer_size=-(-ahead // num_workers),
+      ),
+      worker_init_fn=_ignore_interrupts,
+    )
+  return iter(dataset)
+
+
+def _ignore_interrupts(*_) -> None:
+  """A terminal's Ctrl-C goes to all processes; the first one handles it."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read(grain.transforms.Map):
+  """Path to `ImageFile`."""
+
+  known: frozenset[str]
+  size: int
+  pad_to_square: bool
+
+  def map(self, path: str) -> ImageFile:
+    try:
+      content = pathlib.Path(path).read_bytes()
+    except OSError as e:
+      return ImageFile(
+        error=f"{path}: cannot be read ({e.strerror}); make it a readable file"
+      )
+    digest = image_hash(content)
+    if digest in self.known:
+      return ImageFile(digest)
+    try:
+      image = images.decode_image(content, path)
+      pixels = images.preprocess(image, self.size, self.pad_to_square)
+    except DataError as e:
+      return ImageFile(digest, error=str(e))
+    return ImageFile(digest, pixels)
