@@ -3,6 +3,7 @@
 Real processes; what they answer is compared with the engine in this one.
 """
 
+import contextlib
 import fcntl
 import itertools
 import json
@@ -18,6 +19,7 @@ import sys
 import termios
 import time
 
+import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
@@ -26,6 +28,9 @@ from tests import runs
 from vocojax import ask
 from vocojax.config import load_module, phases
 from vocojax.errors import UserError
+from vocojax.inference import jobs
+from vocojax.inference.batch import Batch
+from vocojax.inference.lookup import Lookup
 from vocojax.inference.requests import Request
 from vocojax.inference.sampling import Sampling
 from vocojax.training import checkpoint, loop
@@ -185,6 +190,8 @@ def test_question_from_stdin(folder, engine):
       assert process.stdout == expected(folder, engine, question, 3) + "\n"
 
 
+VALUES = {"max_new_tokens": 64, "temperature": 0.0, "top_k": 0, "top_p": 1.0}
+VALUES |= {"seed": 0, "stop": [], "stop_token": []}
 LINES = [
   {"id": f"{i}/{q}", "image": f"{i}.png", "question": QUESTIONS[q]}
   for i in range(6)
@@ -255,6 +262,40 @@ def test_file(folder, answers, program, tmp_path):
     assert {x["id"]: x["answer"] for x in found} == answers
     assert len(found) == len(LINES)
     assert {x["id"]: x["finish_reason"] for x in found}["stop"] == "stop"
+
+
+def test_memory_and_order(folder, engine, answers, tmp_path):
+  """Questions about an image are neighbours, so that no memory is needed."""
+  shuffled = random.Random(1).sample(LINES[:24], 24)
+  write_lines(folder / "shuffled.jsonl", shuffled)
+  todo = jobs.read(str(folder / "shuffled.jsonl"))
+  lookup = Lookup(engine, memory=0)
+  out = jobs.Answers(str(tmp_path / "out.jsonl"), todo, None)
+  with contextlib.closing(out):
+    Batch(engine, lookup, out, ask.Maker(engine, VALUES)).run(todo)
+  assert lookup.counts == {"model": 6}
+  found = read_lines(tmp_path / "out.jsonl")
+  assert {x["id"]: x["answer"] for x in found} == {
+    line["id"]: answers[line["id"]] for line in shuffled
+  }
+
+
+def test_lookup_keeps_what_was_used_last(folder, engine):
+  lookup = Lookup(engine, memory=2 * 512)
+  a, b, c = images(folder, 0, 1, 2)
+
+  def sources(*paths):
+    return [found.source for found in lookup.find(paths)]
+
+  assert sources(a, b, a) == ["model"] * 3
+  assert sources(a) == ["memory"]  # b is now the one used longest ago
+  assert sources(c) == ["model"]
+  assert sources(a, c) == ["memory"] * 2
+  assert sources(b) == ["model"]
+  assert lookup.counts == {"model": 4, "memory": 3}
+  [found] = lookup.find([str(folder / "with,comma.png")])
+  assert found.source == "memory" and found.path.endswith("with,comma.png")
+  np.testing.assert_array_equal(found.cache.keys, engine.compress(b).keys)
 
 
 def test_bad_images_fail_their_lines(folder, answers, program, tmp_path):
@@ -449,12 +490,14 @@ def converse(folder, engine, terminal, answer):
   assert terminal.say("/reset") == "a new conversation"
   assert terminal.say(b) == answer((b, None), image=[1])
   shown = terminal.say(f"/image {folder}/0.png '{folder}/with,comma.png'")
-  assert shown == (f"{folder}/0.png: {SIZE}\n{folder}/with,comma.png: {SIZE}\n")
+  assert shown == f"{folder}/0.png: {SIZE}\n{folder}/with,comma.png: {SIZE}"
   fourth = answer((a, None), image=[0, 1])
   assert terminal.say(a) == fourth
   # Ctrl-C outside an answer forgets the line; Ctrl-P brings back the last.
-  terminal.type("what color\x03")
-  assert terminal.read().startswith("what color")
+  terminal.type("what color")
+  terminal.read("what color")  # its echo; Ctrl-C drops what was not read yet
+  terminal.type("\x03")
+  terminal.read()
   terminal.type("\x10\r")
   fifth = answer((a, fourth), (a, None), image=[0, 1])
   assert terminal.read().endswith(f"\n{fifth}")
@@ -521,7 +564,7 @@ def test_interrupted_answers(folder, endless):
     (["--image=0.png,broken.png", "a ?"], "broken.png: not an image of a kn"),
     (["--image=absent.png", "a ?"], "absent.png: cannot be read (No such f"),
     (["--num_voco_tokens=3", "a ?"], "num_voco_tokens: found 3, but "),
-    (["--temperature=-1", "a ?"], "temperature: found -1.0, expected 0 or"),
+    (["--temperature=-1", "a ?"], "temperature: found -1.0, expected 0, or"),
     (["--store=what://x", "--image=0.png", "a ?"], "what://x"),
     (["--imag=x", "a ?"], "--imag: unknown flag; the nearest flag is 'image'"),
     (["--jsonl=in"], "--jsonl=in --out=: expected both, a file of questions"),
@@ -550,10 +593,6 @@ def test_mistake(folder, program, arguments, words):
   assert words in err.replace(f"{folder}/", "")
 
 
-VALUES = {"max_new_tokens": 4, "temperature": 0.0, "top_k": 0, "top_p": 1.0}
-VALUES |= {"seed": 0, "stop": [], "stop_token": []}
-
-
 @pytest.mark.parametrize(
   ("values", "words"),
   [
@@ -563,7 +602,7 @@ VALUES |= {"seed": 0, "stop": [], "stop_token": []}
       "nearest one is 'green'; --stop takes any text",
     ),
     ({"stop": ""}, "a stop string is empty; leave it out"),
-    ({"top_p": 0}, "sampling.top_p: found 0, expected above 0"),
+    ({"top_p": 0}, "sampling.top_p: found 0.0, expected above 0"),
     ({"top_k": -1}, "sampling.top_k: found -1, expected 0 or more"),
     ({"seed": -1}, "sampling.seed: found -1, expected 0 to 2^32 - 1"),
     ({"max_new_tokens": 0}, "max_new_tokens is 0, expected at least 1"),

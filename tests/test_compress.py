@@ -9,19 +9,22 @@ import sys
 import time
 
 import easy_vqa
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import vocojax
 from tests import runs
+from vocojax import assemble
 from vocojax.config import load_module, phases
+from vocojax.data import tokenizer
 from vocojax.inference.cache import image_hash
 from vocojax.inference.store import CacheStore
-from vocojax.training import loop
+from vocojax.training import checkpoint
 
 TAIL = """\
   c.model.compressor.num_voco_tokens = 2
-  c.training.steps = 1
 """
 REAL = pathlib.Path(easy_vqa.__file__).parent / "data" / "test" / "images"
 MANY = 400
@@ -34,8 +37,13 @@ def folder(tmp_path_factory):
   runs.write_data(folder)
   path = runs.write_config(folder, "one.py", TAIL + runs.ONE_PHASE)
   (config,) = phases(load_module(str(path)))
+  words = tokenizer.load_tokenizer(config.data.tokenizer)
   with runs.quick_compile():
-    loop.run(runs.phase(config, folder / "voco"))
+    params = jax.jit(assemble.make_model(config, words).init)(jax.random.key(0))
+  where = folder / "voco" / checkpoint.FOLDER / "0"
+  checkpoint.write_settings(where, config, words)
+  with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
+    writer.save(where / "params", args=ocp.args.StandardSave(params))
   (folder / "many").mkdir()
   for i in range(MANY):
     shutil.copy(REAL / f"{i}.png", folder / "many")

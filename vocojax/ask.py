@@ -208,13 +208,17 @@ class Maker:
       UserError: the engine could not answer it.
     """
     values = {**self._values, **(fields or {})}
-    names = ("temperature", "top_k", "top_p", "seed")
     try:
       request = Request(
         turns=turns,
         images=cache,
         max_new_tokens=values["max_new_tokens"],
-        sampling=Sampling(**{name: values[name] for name in names}),
+        sampling=Sampling(
+          temperature=float(values["temperature"]),  # JSON may have an int
+          top_k=values["top_k"],
+          top_p=float(values["top_p"]),
+          seed=values["seed"],
+        ),
         stop=_texts(values["stop"]),
         stop_token_ids=tuple(map(self._token, _texts(values["stop_token"]))),
         on_text=on_text,

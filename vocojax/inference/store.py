@@ -294,7 +294,7 @@ class CacheStore:
       self._budget = max(needed, min(self._slack, self._max_bytes - total))
     self._budget -= needed
 
-  def _evict(self, limit: float | None):
+  def _evict(self, limit: int | float | None):
     """Removes the least recently used until the rest is within the limit.
 
     Returns:
