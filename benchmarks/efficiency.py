@@ -161,7 +161,7 @@ class Setting:
 
   def _engine(self, compressor: str, slots: int, text_length: int) -> Engine:
     config = assemble.with_compressor(self.config, compressor, None)
-    return Engine(
+    engine = Engine(
       config,
       self.model(compressor),
       self.params,
@@ -170,6 +170,8 @@ class Setting:
       max_text_length=text_length + ANSWER,
       compress_batch=1,
     )
+    engine.warm_up()
+    return engine
 
   def question(
     self,
@@ -187,8 +189,7 @@ class Setting:
 
 
 def seconds(function, repeats: int) -> float:
-  """Median over so many calls, after one that does not count."""
-  function()
+  """Median over so many calls; what they run must be compiled."""
   taken = []
   for _ in range(repeats):
     start = time.perf_counter()
@@ -214,7 +215,7 @@ def measure_row(
   """Times of one way to ask, at one text length."""
   compressor = WAYS[way]
   engines = {
-    slots: setting.engine(compressor, slots, text_length)
+    slots: setting.engine(compressor, slots, max(TEXT_LENGTHS))
     for slots in (1, SLOTS)
   }
   cache = engines[1].compress(setting.image)
@@ -261,10 +262,11 @@ def measure(name: str, overrides: dict, repeats: int) -> Measured:
   def run_vision():
     jax.block_until_ready(vision(setting.params, image))
 
+  run_vision()  # compiles
   vision_seconds = seconds(run_vision, repeats)
   lengths, tokens, sizes, compress = {}, {}, {}, {}
   for way, compressor in WAYS.items():
-    engine = setting.engine(compressor, 1, TEXT_LENGTHS[0])
+    engine = setting.engine(compressor, 1, max(TEXT_LENGTHS))
     cache = engine.compress(setting.image)
     whole = seconds(lambda e=engine: e.compress(setting.image), repeats)
     lengths[way] = setting.model(compressor).stream.length
@@ -276,7 +278,7 @@ def measure(name: str, overrides: dict, repeats: int) -> Measured:
     for way in WAYS:
       rows.append(measure_row(setting, way, text_length, repeats))
       print(f"{name}: {rows[-1]}", flush=True)
-    setting.engine.cache_clear()
+  setting.engine.cache_clear()
   throughput = {
     slots: measure_throughput(setting, slots, repeats)
     for slots in (1, THROUGHPUT_SLOTS)
