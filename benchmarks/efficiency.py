@@ -161,7 +161,7 @@ class Setting:
 
   def _engine(self, compressor: str, slots: int, text_length: int) -> Engine:
     config = assemble.with_compressor(self.config, compressor, None)
-    engine = Engine(
+    return Engine(
       config,
       self.model(compressor),
       self.params,
@@ -170,8 +170,6 @@ class Setting:
       max_text_length=text_length + ANSWER,
       compress_batch=1,
     )
-    engine.warm_up()
-    return engine
 
   def question(
     self,
@@ -219,6 +217,9 @@ def measure_row(
     for slots in (1, SLOTS)
   }
   cache = engines[1].compress(setting.image)
+  for engine in engines.values():  # compiles what follows
+    engine.compress(setting.image)
+    answers(engine, [setting.question(0, text_length, cache, 2)])
 
   def ask(slots: int, count: int, keep: bool, new_tokens: int = ANSWER):
     engine = engines[slots]
@@ -249,6 +250,7 @@ def measure_throughput(setting: Setting, slots: int, repeats: int) -> float:
   engine = setting.engine("voco", slots, 32)
   cache = engine.compress(setting.image)
   requests = [setting.question(i, 32, cache) for i in range(64)]
+  answers(engine, requests[:1])  # compiles
   taken = seconds(lambda: answers(engine, requests), repeats)
   return len(requests) * ANSWER / taken
 
@@ -267,7 +269,7 @@ def measure(name: str, overrides: dict, repeats: int) -> Measured:
   lengths, tokens, sizes, compress = {}, {}, {}, {}
   for way, compressor in WAYS.items():
     engine = setting.engine(compressor, 1, max(TEXT_LENGTHS))
-    cache = engine.compress(setting.image)
+    cache = engine.compress(setting.image)  # compiles
     whole = seconds(lambda e=engine: e.compress(setting.image), repeats)
     lengths[way] = setting.model(compressor).stream.length
     tokens[way] = 0 if way == "none" else cache.num_voco_tokens
