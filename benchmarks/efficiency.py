@@ -207,42 +207,62 @@ def answers(engine: Engine, requests: list[Request]) -> list[Result]:
   return results
 
 
-def measure_row(
-  setting: Setting, way: str, text_length: int, repeats: int
-) -> Row:
-  """Times of one way to ask, at one text length."""
-  compressor = WAYS[way]
-  engines = {
-    slots: setting.engine(compressor, slots, max(TEXT_LENGTHS))
-    for slots in (1, SLOTS)
-  }
-  cache = engines[1].compress(setting.image)
-  for engine in engines.values():  # compiles what follows
-    engine.compress(setting.image)
-    answers(engine, [setting.question(0, text_length, cache, 2)])
+def measure_rows(setting: Setting, text_length: int, repeats: int) -> list[Row]:
+  """Times of all ways to ask, which take turns, at one text length."""
+  calls = {}
+  for way, compressor in WAYS.items():
+    engines = {
+      slots: setting.engine(compressor, slots, max(TEXT_LENGTHS))
+      for slots in (1, SLOTS)
+    }
+    cache = engines[1].compress(setting.image)
+    for engine in engines.values():  # compiles what follows
+      engine.compress(setting.image)
+      answers(engine, [setting.question(0, text_length, cache, 2)])
 
-  def ask(slots: int, count: int, keep: bool, new_tokens: int = ANSWER):
-    engine = engines[slots]
-    images = setting.image
-    if keep:
-      images = cache
-    elif way != "none":  # once, for all questions
-      images = engine.compress(setting.image)
-    requests = [
-      setting.question(i, text_length, images, new_tokens) for i in range(count)
-    ]
-    return answers(engine, requests)
+    def ask(
+      slots: int,
+      count: int,
+      keep: bool,
+      new_tokens: int = ANSWER,
+      way=way,
+      engines=engines,
+      cache=cache,
+    ):
+      images = setting.image
+      if keep:
+        images = cache
+      elif way != "none":  # once, for all questions
+        images = engines[slots].compress(setting.image)
+      requests = [
+        setting.question(i, text_length, images, new_tokens)
+        for i in range(count)
+      ]
+      return answers(engines[slots], requests)
 
-  one = seconds(lambda: ask(1, 1, True, 1), repeats)
-  more = seconds(lambda: ask(1, 1, True, ANSWER), repeats)
-  return Row(
-    way,
-    text_length,
-    prefill=one,
-    decode=(more - one) / (ANSWER - 1),
-    first=seconds(lambda: ask(1, 1, False), repeats),
-    ten=seconds(lambda: ask(SLOTS, 10, False), repeats),
-  )
+    calls[way, "prefill"] = functools.partial(ask, 1, 1, True, 1)
+    calls[way, "answer"] = functools.partial(ask, 1, 1, True)
+    calls[way, "first"] = functools.partial(ask, 1, 1, False)
+    calls[way, "ten"] = functools.partial(ask, SLOTS, 10, False)
+  taken = {call: [] for call in calls}
+  for _ in range(repeats):
+    for what in ("prefill", "answer", "first", "ten"):
+      for way in WAYS:
+        start = time.perf_counter()
+        calls[way, what]()
+        taken[way, what].append(time.perf_counter() - start)
+  median = {call: statistics.median(times) for call, times in taken.items()}
+  return [
+    Row(
+      way,
+      text_length,
+      prefill=median[way, "prefill"],
+      decode=(median[way, "answer"] - median[way, "prefill"]) / (ANSWER - 1),
+      first=median[way, "first"],
+      ten=median[way, "ten"],
+    )
+    for way in WAYS
+  ]
 
 
 def measure_throughput(setting: Setting, slots: int, repeats: int) -> float:
@@ -277,9 +297,9 @@ def measure(name: str, overrides: dict, repeats: int) -> Measured:
     compress[way] = whole - vision_seconds
   rows = []
   for text_length in TEXT_LENGTHS:
-    for way in WAYS:
-      rows.append(measure_row(setting, way, text_length, repeats))
-      print(f"{name}: {rows[-1]}", flush=True)
+    rows += measure_rows(setting, text_length, repeats)
+    for row in rows[-len(WAYS) :]:
+      print(f"{name}: {row}", flush=True)
   setting.engine.cache_clear()
   throughput = {
     slots: measure_throughput(setting, slots, repeats)

@@ -23,6 +23,10 @@ def get_config() -> ConfigDict:
 
   c.model = ConfigDict()
   c.model.attention = "two_stream"  # or 'bias': one joint masked pass, slow
+  # 'splash' (TPU), 'cudnn' (GPU) or 'xla'; 'auto' is what suits the platform.
+  c.model.attention_kernel = "auto"
+  c.model.attention_block_size = 512  # of splash: most tokens of a block
+  c.model.logits_chunk = 8192  # rows of the vocabulary scored at a time
   c.model.dtype = "bfloat16"  # of activations and matrix products
   c.model.param_dtype = "float32"  # of weights and optimiser state
   c.model.remat = "full"  # recompute layers: 'none', 'dots' (keep products)
@@ -94,12 +98,17 @@ def get_config() -> ConfigDict:
   c.data.on_bad_record = "stop"  # 'skip' counts and logs it, and goes on
 
   c.optimizer = ConfigDict()
-  c.optimizer.name = "adamw"  # 'muon': matrices by muon, the rest by adamw
+  # 'muon': matrices by muon, the rest by adamw. 'lion' keeps one moment of a
+  # weight, 'adafactor' two vectors of a matrix, adamw two numbers of a weight.
+  c.optimizer.name = "adamw"
   c.optimizer.learning_rate = 2e-5  # peak
   c.optimizer.adam_learning_rate = 0.0  # muon only: peak of its adamw part
   c.optimizer.b1 = 0.9  # Adam: memory of the gradient
   c.optimizer.b2 = 0.999  # Adam: memory of its square
   c.optimizer.eps = 1e-8  # Adam: smallest divisor
+  # 'bfloat16' saves 2 bytes a weight. The second moment stays: its steps of
+  # 1 - b2 would be lost in rounding.
+  c.optimizer.first_moment_dtype = "float32"
   c.optimizer.weight_decay = 0.0  # times learning rate, per step
   # Parameters whose path matches one of these are not decayed.
   c.optimizer.no_decay = ("norm", "bias", "embed")

@@ -148,10 +148,21 @@ class ModelConfig:
   projector: Literal["linear", "mlp2x_gelu"]
   compressor: CompressorConfig
   attention: Literal["two_stream", "bias"]
+  attention_kernel: Literal["auto", "splash", "cudnn", "xla"]
+  attention_block_size: int
+  logits_chunk: int
   dtype: Literal["float32", "bfloat16"]
   param_dtype: Literal["float32", "bfloat16"]
   remat: Literal["none", "full", "dots"]
   scan_layers: bool
+
+  def __post_init__(self):
+    _positive(self, "model", "attention_block_size logits_chunk")
+    if self.attention_block_size % 128:
+      raise ConfigError(
+        "config.model.attention_block_size: found "
+        f"{self.attention_block_size}, expected a multiple of 128"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,12 +206,13 @@ class DataConfig:
 class OptimizerConfig:
   """Optimiser, schedule, and what is trained."""
 
-  name: Literal["adamw", "muon"]
+  name: Literal["adamw", "muon", "lion", "adafactor"]
   learning_rate: float
   adam_learning_rate: float
   b1: float
   b2: float
   eps: float
+  first_moment_dtype: Literal["float32", "bfloat16"]
   weight_decay: float
   no_decay: tuple[str, ...]
   grad_clip: float

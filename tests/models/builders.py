@@ -4,7 +4,9 @@ Read next: `test_masks.py`, then `test_two_stream.py`.
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from configs import common
 from vocojax import config as config_lib
@@ -92,23 +94,39 @@ def batch(
   size = vlm.config.vision.image_size
   B, F, T = len(rows), len(rows[0][0]), text_length
   segments, groups = np.zeros((2, B, T), np.int32)
-  for b, (_, conversations) in enumerate(rows):
+  R = max(1, *(len(conversations) for _, conversations in rows))
+  image_segments = np.zeros((B, F, R), np.int32)
+  for b, (slots, conversations) in enumerate(rows):
     start = 0
     for i, (group, length) in enumerate(conversations):
       segments[b, start : start + length] = i + 1
       groups[b, start : start + length] = group
       start += length
+      if group:
+        image_segments[b, np.array(slots) == group, i] = i + 1
     assert start <= T
   ids = rng.integers(0, vlm.config.llm.vocab_size, (B, T), np.int32)
   trained = (rng.random((B, T)) < 0.6) & (segments > 0)
   return {
     "images": rng.integers(0, 256, (B, F, size, size, 3), np.uint8),
     "image_group_ids": np.array([row[0] for row in rows], np.int32),
+    "image_segment_ids": image_segments,
     "input_ids": ids,
     "labels": np.where(trained, ids, -100).astype(np.int32),
     "segment_ids": segments,
     "text_group_ids": groups,
   }
+
+
+def loss_of(logits, batch) -> tuple[jax.Array, jax.Array]:
+  """Sum of cross-entropy over trained tokens, and their number; from logits."""
+  labels, segments = batch["labels"][:, 1:], batch["segment_ids"]
+  trained = (labels >= 0) & (segments[:, 1:] == segments[:, :-1])
+  trained &= segments[:, 1:] > 0
+  each = optax.softmax_cross_entropy_with_integer_labels(
+    logits[:, :-1], jnp.maximum(labels, 0)
+  )
+  return jnp.sum(jnp.where(trained, each, 0.0)), jnp.sum(trained)
 
 
 def random_rows(

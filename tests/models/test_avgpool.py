@@ -8,7 +8,6 @@ import pytest
 from tests.models import builders
 from vocojax.errors import ConfigError
 from vocojax.models.compressors import AveragePool, image_stream
-from vocojax.training import losses
 
 
 def build(k, attention="two_stream", side=4):
@@ -65,7 +64,7 @@ def test_two_streams_equal_the_joint_pass():
 
   def loss(params, vlm):
     logits = vlm.text_logits(params, batch)
-    return losses.answer_loss(logits, batch["labels"], batch["segment_ids"])[0]
+    return builders.loss_of(logits, batch)[0]
 
   (a, grads_a), (b, grads_b) = (
     jax.value_and_grad(loss)(params, build(4, attention))

@@ -80,10 +80,10 @@ def _change_what_text_reads(vlm, change, monkeypatch):
   if vlm.config.attention == "two_stream":
     attend = attention.attend
 
-    def changed(query, key, value, mask=None, causal=False):
+    def changed(query, key, value, config, mask=None, causal=False):
       if mask is not None:
         key, value = change(key, 0), change(value, 1)
-      return attend(query, key, value, mask, causal)
+      return attend(query, key, value, config, mask, causal)
 
     monkeypatch.setattr(attention, "attend", changed)
   else:

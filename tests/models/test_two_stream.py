@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from tests.models import builders
-from vocojax.models import masks
+from vocojax.models import layers, masks
 from vocojax.models.vlm import VisionLanguageModel
-from vocojax.training import losses
 
 TOLERANCE = 1e-5  # relative, float32
 
@@ -94,10 +93,8 @@ def _outputs(vlm, params, batch):
 
   def loss(params):
     logits = vlm.text_logits(params, batch)
-    total, sums = losses.answer_loss(
-      logits, batch["labels"], batch["segment_ids"]
-    )
-    return total / sums["tokens"], logits
+    total, count = builders.loss_of(logits, batch)
+    return total / count, logits
 
   batch = jax.tree.map(jnp.asarray, batch)
   compute = jax.jit(
@@ -167,9 +164,18 @@ def test_two_streams_equal_the_joint_pass(case):
 @pytest.mark.parametrize("case", [CASES[2], CASES[8]], ids=str)
 def test_the_code_of_other_platforms(case, monkeypatch):
   """Attention and products as GPU and TPU get them, compiled for the CPU."""
-  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  monkeypatch.setattr(layers, "platform", lambda: "gpu")
   found = _outputs(case.vlm, *_inputs(case))
   monkeypatch.undo()
+  assert max(_relative_errors(found, _reference(case)).values()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[1]], ids=str)
+def test_splash_attention_equals_the_joint_pass(case):
+  """As a TPU runs it, from pixels to gradients, interpreted here."""
+  config = dataclasses.replace(case.vlm.config, attention_kernel="splash")
+  vlm = dataclasses.replace(case.vlm, config=config)
+  found = _outputs(vlm, *_inputs(case))
   assert max(_relative_errors(found, _reference(case)).values()) <= TOLERANCE
 
 

@@ -210,3 +210,74 @@ def test_muon_treats_each_layer_of_a_stack_alone():
   ):
     expected = alone(adam, lambda flat, p=path: flat[p])
     np.testing.assert_allclose(updates[path], expected, rtol=1e-4, atol=2e-6)
+
+
+def _updates(config, param, gradients):
+  """Updates of one matrix, and the last optimiser state."""
+  params = {"kernel": jnp.asarray(param)}
+  transform = optimizer.make_optimizer(config, 10)
+  opt_state, found = transform.init(params), []
+  update = _jit(transform.update)
+  for g in gradients:
+    updates, opt_state = update({"kernel": jnp.asarray(g)}, opt_state, params)
+    found.append(np.asarray(updates["kernel"]))
+  return found, opt_state
+
+
+def _draw(*shape):
+  return np.random.default_rng(3).normal(size=shape).astype(np.float32)
+
+
+PLAIN = {
+  "learning_rate": 0.1,
+  "warmup_ratio": 0.0,
+  "schedule": "constant",
+  "grad_clip": 0.0,
+  "weight_decay": 0.5,
+}
+
+
+def test_lion_steps_by_signs():
+  config = _config(name="lion", b1=0.8, b2=0.9, **PLAIN)
+  param, first, second = _draw(3, 4, 5)
+  found, _ = _updates(config, param, [first, second])
+  expected = -0.1 * (np.sign(0.2 * first) + 0.5 * param)
+  np.testing.assert_allclose(found[0], expected, rtol=1e-5)
+  sign = np.sign(0.8 * 0.1 * first + 0.2 * second)
+  expected = -0.1 * (sign + 0.5 * param)
+  np.testing.assert_allclose(found[1], expected, rtol=1e-5)
+
+
+def test_adafactor_keeps_a_row_and_a_column():
+  """Two steps written out after the paper's algorithm 4."""
+  config = _config(name="adafactor", **PLAIN)
+  param, *gradients = _draw(3, 130, 140)
+  gradients[1] *= 3  # so that the second update is clipped
+  found, opt_state = _updates(config, param, gradients)
+  row = column = 0
+  for step, g in enumerate(gradients):
+    decay = 1 - (step + 1) ** -0.8
+    square = g * g + 1e-30
+    row = decay * row + (1 - decay) * square.mean(axis=1)
+    column = decay * column + (1 - decay) * square.mean(axis=0)
+    v = row[:, None] * column[None] / row.mean()
+    u = g / np.sqrt(v)
+    u /= max(1, np.sqrt((u * u).mean()))
+    expected = -0.1 * (u + 0.5 * param)
+    np.testing.assert_allclose(found[step], expected, rtol=1e-3, atol=1e-5)
+  sizes = [x.size for x in jax.tree.leaves(opt_state)]
+  assert max(sizes) == 140 and sizes.count(140) == 1 == sizes.count(130)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+def test_first_moment_in_bfloat16(name):
+  param, *gradients = _draw(3, 6, 8)
+  config = _config(name=name, adam_learning_rate=0.1, **PLAIN)
+  half = dataclasses.replace(config, first_moment_dtype="bfloat16")
+  whole, _ = _updates(config, param, gradients)
+  found, opt_state = _updates(half, param, gradients)
+  dtypes = [x.dtype for x in jax.tree.leaves(opt_state) if x.size == 48]
+  assert dtypes.count(jnp.bfloat16) == 1
+  assert dtypes.count(jnp.float32) == (name == "adamw")
+  difference = np.abs(found[1] - whole[1]).max() / np.abs(whole[1]).max()
+  assert 0 < difference < 0.02 or name == "lion"

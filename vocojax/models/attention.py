@@ -1,18 +1,43 @@
-"""Attention by platform, in one place. Read next: `llama.py`."""
+"""Attention by platform, in one place. Read next: `llama.py`, `splash.py`.
+
+B rows, F image slots, K visible tokens of an image, T text length, S key
+length, H heads, G key/value heads, P head dim.
+"""
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
+
+from vocojax.config import ModelConfig
+from vocojax.errors import ConfigError
+from vocojax.models import layers, masks, splash
 
 # Slots of a cache that are read at a time; measured on 2 cores.
 _CHUNK = 64
+
+
+def kernel(config: ModelConfig) -> str:
+  """'splash', 'cudnn' or 'xla': what runs on the platform compiled for.
+
+  cuDNN takes half precision only, and a dense mask costs it its speed, so it is
+  for causal attention; see `attend`.
+  """
+  if config.attention_kernel != "auto":
+    return config.attention_kernel
+  by_platform = {"tpu": "splash", "gpu": "cudnn"}
+  found = by_platform.get(layers.platform(), "xla")
+  return "xla" if found == "cudnn" and config.dtype == "float32" else found
 
 
 def attend(
   query: Float[Array, "B T H P"],
   key: Float[Array, "B S G P"],
   value: Float[Array, "B S G P"],
+  config: ModelConfig,
   mask: Bool[Array, "B T S"] | None = None,
   causal: bool = False,
 ) -> Float[Array, "B T H P"]:
@@ -21,7 +46,10 @@ def attend(
   G key/value heads serve H query heads, H a multiple of G. A row whose mask is
   all False gives finite values that mean nothing.
   """
-  if jax.default_backend() == "cpu":
+  chosen = kernel(config)
+  if chosen == "splash" and mask is None:
+    return _splash(config)(query, key, value, causal=causal)
+  if layers.platform() == "cpu":
     if causal:
       T, S = query.shape[1], key.shape[1]
       mask = jnp.tril(jnp.ones((1, T, S), bool))
@@ -32,7 +60,85 @@ def attend(
     value,
     mask=None if mask is None else mask[:, None],
     is_causal=causal,
+    implementation="cudnn" if chosen == "cudnn" and mask is None else "xla",
   )
+
+
+def _splash(config: ModelConfig) -> Callable:
+  return functools.partial(
+    splash.attend,
+    block_size=config.attention_block_size,
+    interpret=layers.platform() != "tpu",
+  )
+
+
+def text_attention(
+  config: ModelConfig,
+  batch: dict[str, Shaped[Array, "B ..."]],
+  num_visible: int,
+) -> Callable:
+  """How the text of a batch attends, the same in every layer.
+
+  Args:
+    config: of the model.
+    batch: as `VisionLanguageModel.text_logits` has it; for splash attention
+      with `image_segment_ids` [B, F, R], the conversations that see each image.
+    num_visible: K.
+
+  Returns:
+    A function of queries [B, T, H, P], keys and values [B, T, G, P] of the
+    text, then keys and values [B, F*K, G, P] of what it sees of the images.
+
+  Raises:
+    ConfigError: it is not known which conversations see an image.
+  """
+  segment_ids = batch["segment_ids"]
+  if kernel(config) != "splash":
+    mask = masks.text_mask(
+      batch["image_group_ids"],
+      segment_ids,
+      batch["text_group_ids"],
+      num_visible,
+    )
+
+    def with_mask(query, key, value, seen_key, seen_value):
+      key = jnp.concatenate([seen_key, key], axis=1)
+      value = jnp.concatenate([seen_value, value], axis=1)
+      return attend(query, key, value, config, mask)
+
+    return with_mask
+
+  if "image_segment_ids" not in batch:
+    raise ConfigError(
+      "config.data.conversations_per_record: found 0, but splash attention "
+      "needs to know how many conversations may share an image; set it, or "
+      "config.model.attention_kernel to 'xla'"
+    )
+  # A key belongs to one segment only: where R conversations share an image, its
+  # tokens are there R times.
+  seen_segments = batch["image_segment_ids"]
+  B, F, R = seen_segments.shape
+  key_segments = jnp.concatenate(
+    [
+      jnp.repeat(seen_segments.reshape(B, -1), num_visible, axis=1),
+      segment_ids,
+    ],
+    axis=1,
+  )
+
+  def for_each_conversation(x):
+    x = x.reshape(B, F, 1, num_visible, *x.shape[2:])
+    x = jnp.broadcast_to(x, (B, F, R, *x.shape[3:]))
+    return x.reshape(B, -1, *x.shape[4:])
+
+  def with_segments(query, key, value, seen_key, seen_value):
+    key = jnp.concatenate([for_each_conversation(seen_key), key], axis=1)
+    value = jnp.concatenate([for_each_conversation(seen_value), value], axis=1)
+    return _splash(config)(
+      query, key, value, segment_ids, key_segments, causal=True
+    )
+
+  return with_segments
 
 
 def _attend_cpu(query, key, value, mask):
@@ -72,7 +178,7 @@ def attend_cached(
   """
   B, T, H, P = query.shape
   G, S = key.shape[1:3]
-  size = min(_CHUNK, S) if jax.default_backend() == "cpu" else S
+  size = min(_CHUNK, S) if layers.platform() == "cpu" else S
   query = query.reshape(B, T, G, H // G, P).transpose(0, 2, 3, 1, 4)
   query = query.reshape(B, G, -1, P)
   last = slot[:, None] + jnp.arange(T)

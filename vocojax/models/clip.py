@@ -68,27 +68,25 @@ class Embeddings(nn.Module):
 class EncoderLayer(nn.Module):
   """Pre-norm transformer block without a mask."""
 
-  config: VisionConfig
-  dtype: str
-  param_dtype: str
+  model: ModelConfig
 
   @nn.compact
   def __call__(self, x: Float[Array, "N I D"]) -> Float[Array, "N I D"]:
-    c = self.config
+    c, dtypes = self.model.vision, (self.model.dtype, self.model.param_dtype)
     dense = functools.partial(
       layers.Dense,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
+      dtype=self.model.dtype,
+      param_dtype=self.model.param_dtype,
       kernel_init=nn.initializers.normal(c.initializer_range),
     )
-    norm = _layer_norm(c, self.dtype, self.param_dtype)
+    norm = _layer_norm(c, *dtypes)
     H = c.num_attention_heads
     y = norm(name="layer_norm1")(x)
     q, k, v = (
       dense(c.hidden_size, name=name)(y).reshape(*y.shape[:2], H, -1)
       for name in ("q_proj", "k_proj", "v_proj")
     )
-    y = attention.attend(q, k, v).reshape(x.shape)
+    y = attention.attend(q, k, v, self.model).reshape(x.shape)
     x = x + dense(c.hidden_size, name="out_proj")(y)
     y = norm(name="layer_norm2")(x)
     y = _ACTIVATIONS[c.hidden_act](dense(c.intermediate_size, name="fc1")(y))
@@ -121,7 +119,7 @@ class ClipVision:
     return (
       Embeddings(c, *dtypes),
       _layer_norm(c, *dtypes)(),
-      EncoderLayer(c, *dtypes),
+      EncoderLayer(self.model),
     )
 
   def init(self, key) -> dict:
@@ -152,8 +150,9 @@ class ClipVision:
 
     if num_layers == 0:
       return x, None
-    stacked = jax.tree.map(lambda a: a[:num_layers], params["layers"])
-    return layers.run_stack(body, x, stacked, self.model)
+    return layers.run_stack(
+      body, x, params["layers"], self.model, num_layers=num_layers
+    )
 
   def features(
     self, params, images: UInt8[Array, "N S S 3"]

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
 from vocojax.config import ModelConfig
+from vocojax.models import precision
 
 BATCH_AXES = ("data", "fsdp")
 
@@ -53,7 +54,7 @@ class Dense(nn.Dense):
   """`nn.Dense` with a backward pass that suits the platform."""
 
   def __post_init__(self):
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
       self.dot_general = _cpu_dot_general
     super().__post_init__()
 
@@ -76,22 +77,79 @@ def unstack(stacked) -> list:
   return [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(num_layers)]
 
 
-def run_stack(body, carry, stacked, config: ModelConfig):
-  """`jax.lax.scan` of `body(carry, slice) -> (carry, y)` over axis 0.
+def run_stack(
+  body,
+  carry,
+  stacked,
+  config: ModelConfig,
+  *,
+  num_layers: int | None = None,
+  last=None,
+):
+  """`body(carry, layer) -> (carry, y)` over weights stacked on axis 0.
 
   Recomputes as `config.remat` says. `config.scan_layers=False` unrolls, so that
   the compiler drops what the last layer computes for nobody; so does a list
   from `unstack`.
+
+  Args:
+    body: one layer.
+    carry: what the first layer reads.
+    stacked: weights, with slots (see precision.py) or without.
+    config: of the model.
+    num_layers: how many of them run; None is all.
+    last: `last(carry, layer) -> carry` instead of `body` for the last of them.
+      What it computes is never recomputed: it is needed at once.
+
+  Returns:
+    The last carry, and the `y` of all that `body` ran, stacked.
   """
-  if config.remat != "none":
-    body = jax.checkpoint(body, policy=_REMAT_POLICIES[config.remat])
-  if config.scan_layers and not isinstance(stacked, list):
-    return jax.lax.scan(body, carry, stacked)
-  outputs = []
-  for layer in unstack(stacked):
-    carry, y = body(carry, layer)
-    outputs.append(y)
-  return carry, jax.tree.map(lambda *ys: jnp.stack(ys), *outputs)
+  scan = config.scan_layers and not isinstance(stacked, list)
+  if num_layers is None:
+    stack = (
+      stacked if isinstance(stacked, list) else jax.tree.leaves(stacked)[0]
+    )
+    num_layers = len(stack)
+  num_scanned = num_layers - (last is not None)
+
+  def run(carry, layer):
+    return body(carry, precision.read(layer))
+
+  def run_one_of(carry, index_and_slots):
+    # The stack itself is no `xs` of the scan, which would copy a part of it.
+    return run(carry, precision.layer_of(stacked, *index_and_slots))
+
+  def remat(f):
+    if config.remat == "none":
+      return f
+    policy = _REMAT_POLICIES[config.remat]
+    return jax.checkpoint(f, policy=policy, prevent_cse=not scan)
+
+  if scan:
+    slots = jax.tree.map(lambda s: s[:num_scanned], precision.slots_of(stacked))
+    carry, outputs = jax.lax.scan(
+      remat(run_one_of), carry, (jnp.arange(num_scanned), slots)
+    )
+  else:
+    outputs = []
+    for layer in unstack(stacked)[:num_scanned]:
+      carry, y = remat(run)(carry, layer)
+      outputs.append(y)
+    if outputs:
+      outputs = jax.tree.map(lambda *ys: jnp.stack(ys), *outputs)
+  if last is not None:
+    layer = unstack(stacked)[num_scanned]
+    carry = last(carry, precision.read(layer))
+  return carry, outputs
+
+
+def platform() -> str:
+  """What is compiled for: 'cpu', 'gpu' or 'tpu'.
+
+  That of the mesh in force, which need not be of this machine.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
 def shard_rows(x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:

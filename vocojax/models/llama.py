@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from vocojax.config import LlamaConfig, ModelConfig
-from vocojax.models import attention, layers, rope
+from vocojax.models import attention, head, layers, rope
 
 
 class RMSNorm(nn.Module):
@@ -193,15 +193,25 @@ class Llama:
   def logits(self, params, x: Float[Array, "... D"]) -> Float32[Array, "... V"]:
     """Final norm and head; padded vocabulary rows get the float32 minimum."""
     x = self._norm.apply({"params": params["norm"]}, x)
-    if self.config.tie_word_embeddings:
-      kernel = params["embed_tokens"]["embedding"].T
-    else:
-      kernel = params["lm_head"]["kernel"]
-    logits = jnp.dot(
-      x, kernel.astype(x.dtype), preferred_element_type=jnp.float32
+    return head.logits(x, self._head_kernel(params), self.config.vocab_size)
+
+  def token_losses(
+    self, params, x: Float[Array, "B T D"], targets: Int[Array, "B T"]
+  ) -> tuple[Float32[Array, "B T"], Bool[Array, "B T"]]:
+    """Final norm, head, and cross-entropy; see `head.token_losses`."""
+    x = self._norm.apply({"params": params["norm"]}, x)
+    return head.token_losses(
+      x,
+      self._head_kernel(params),
+      targets,
+      self.config.vocab_size,
+      self.model.logits_chunk,
     )
-    real = jnp.arange(logits.shape[-1]) < self.config.vocab_size
-    return jnp.where(real, logits, jnp.finfo(jnp.float32).min)
+
+  def _head_kernel(self, params) -> Float[Array, "D V"]:
+    if self.config.tie_word_embeddings:
+      return params["embed_tokens"]["embedding"].T
+    return params["lm_head"]["kernel"]
 
   def run(
     self,

@@ -14,6 +14,7 @@ image these are the positions of the original, VoCo at 579..578+k for 576
 patches, text from 579+k.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -146,7 +147,7 @@ def text_positions(
   index = jnp.arange(segment_ids.shape[1])[None, :]
   previous = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
   starts = jnp.where(segment_ids != previous, index, 0)
-  index = index - jnp.maximum.accumulate(starts, axis=1)
+  index = index - jax.lax.cummax(starts, axis=1)
   sees = text_group_ids[:, :, None] == image_group_ids[:, None, :]
   num_images = jnp.sum(sees & (text_group_ids > 0)[:, :, None], axis=2)
   past = stream_length + (num_images - 1) * stride

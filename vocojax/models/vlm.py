@@ -16,10 +16,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int, Shaped, UInt8
 
 from vocojax.config import ModelConfig
-from vocojax.models import attention, layers, masks
+from vocojax.models import attention, layers, masks, precision
 from vocojax.models.cache import ImageKeyValues, TextCache
 from vocojax.models.clip import ClipVision
 from vocojax.models.compressors import (
@@ -107,9 +107,33 @@ class VisionLanguageModel:
       batch: `images` uint8 [B, F, S, S, 3], `image_group_ids` [B, F],
         `input_ids`, `segment_ids` and `text_group_ids` [B, T]; see masks.py.
     """
-    images = batch["images"]
-    image_x = self.embed_images(params, images.reshape(-1, *images.shape[2:]))
+    image_x = self._embed_slots(params, batch["images"])
     return self.logits_from_embeddings(params["llm"], image_x, batch)
+
+  def token_losses(
+    self,
+    params,
+    batch: dict[str, Shaped[Array, "B ..."]],
+    targets: Int[Array, "B T"],
+  ) -> tuple[Float32[Array, "B T"], Bool[Array, "B T"]]:
+    """How well every text token foretells its target; never makes all logits.
+
+    Args:
+      params: as `init` returns them; with slots (see precision.py), what is
+        returned may be differentiated by these.
+      batch: as for `text_logits`.
+      targets: token ids.
+
+    Returns:
+      Cross-entropy in nats, and whether the target has the highest logit.
+    """
+    params = precision.read_all_but_layers(params)
+    image_x = self._embed_slots(params, batch["images"])
+    x = self._text_states(params["llm"], image_x, batch)
+    return self.llm.token_losses(params["llm"], x, targets)
+
+  def _embed_slots(self, params, images: UInt8[Array, "B F S S 3"]):
+    return self.embed_images(params, images.reshape(-1, *images.shape[2:]))
 
   def logits_from_embeddings(
     self,
@@ -118,11 +142,19 @@ class VisionLanguageModel:
     batch: dict[str, Shaped[Array, "B ..."]],
   ) -> Float32[Array, "B T V"]:
     """`text_logits` from the embedded image streams on."""
+    x = self._text_states(llm_params, image_x, batch)
+    return self.llm.logits(llm_params, x)
+
+  def _text_states(self, llm_params, image_x, batch):
+    """Output of the last layer for every text token [B, T, D]."""
     text_x = self.llm.embed(llm_params, batch["input_ids"])
-    image_x, text_x = layers.shard_rows(image_x), layers.shard_rows(text_x)
+    B, _, D = text_x.shape
+    # Both streams of a row side by side: a layer's products run once on both.
+    x = jnp.concatenate([image_x.reshape(B, -1, D), text_x], axis=1)
     forward = {"two_stream": self._two_stream, "bias": self._joint}
-    text_x = forward[self.config.attention](llm_params, image_x, text_x, batch)
-    return self.llm.logits(llm_params, text_x)
+    return forward[self.config.attention](
+      llm_params, layers.shard_rows(x), batch
+    )
 
   def _positions(self, batch):
     """Shift of each image stream [B, F] and text positions [B, T]."""
@@ -138,11 +170,10 @@ class VisionLanguageModel:
     )
     return offsets, text
 
-  def _joint(self, llm_params, image_x, text_x, batch):
+  def _joint(self, llm_params, x, batch):
     """One pass over [stream 1, ..., stream F, text] under the whole mask."""
     stream = self.stream
-    B, T, D = text_x.shape
-    x = jnp.concatenate([image_x.reshape(B, -1, D), text_x], axis=1)
+    B, T = batch["input_ids"].shape
     mask = masks.two_stage_mask(
       *masks.joint_tokens(
         batch["image_group_ids"],
@@ -159,48 +190,62 @@ class VisionLanguageModel:
     x, _ = self.llm.run(llm_params, x, positions, mask)
     return x[:, -T:]
 
-  def _two_stream(self, llm_params, image_x, text_x, batch):
+  def _two_stream(self, llm_params, x, batch):
     """Both streams through each layer, joined at the visible tokens."""
-    llm, visible = self.llm, np.asarray(self.stream.visible)
-    B = text_x.shape[0]
+    llm, A = self.llm, self.stream.length
+    visible = np.asarray(self.stream.visible)
+    B, F = batch["image_group_ids"].shape
     offsets, text_positions = self._positions(batch)
-    stream_positions = jnp.arange(self.stream.length)[None]
+    # Streams attend to themselves only, so their own positions need no shift.
+    positions = jnp.concatenate(
+      [
+        jnp.broadcast_to(jnp.tile(jnp.arange(A), F), (B, F * A)),
+        text_positions,
+      ],
+      axis=1,
+    )
     visible_positions = (offsets[:, :, None] + visible).reshape(B, -1)
-    mask = masks.text_mask(
-      batch["image_group_ids"],
-      batch["segment_ids"],
-      batch["text_group_ids"],
-      len(visible),
-    )
+    attend_text = attention.text_attention(self.config, batch, len(visible))
 
-    def body(streams, layer_params):
-      image_x, text_x = streams
-      q, k, v = llm.qkv(layer_params, image_x)
-      attended = attention.attend(
-        llm.rotate(q, stream_positions),
-        llm.rotate(k, stream_positions),
-        v,
-        causal=True,
+    def image_part(x):  # [B, F*A + T, ...] to [B*F, A, ...]
+      return x[:, : F * A].reshape(B * F, A, *x.shape[2:])
+
+    def visible_part(x):  # ... to [B, F*K, ...]
+      return image_part(x)[:, visible].reshape(B, -1, *x.shape[2:])
+
+    def body(x, layer_params):
+      q, k, v = llm.qkv(layer_params, x)
+      seen_k = llm.rotate(visible_part(k), visible_positions)
+      seen_v = visible_part(v)
+      q, k = llm.rotate(q, positions), llm.rotate(k, positions)
+      image = attention.attend(
+        image_part(q), image_part(k), image_part(v), self.config, causal=True
       )
-      image_x = llm.output(layer_params, image_x, attended)
-      seen_k = k[:, visible].reshape(B, -1, *k.shape[2:])
-      seen_v = v[:, visible].reshape(B, -1, *v.shape[2:])
-
-      q, k, v = llm.qkv(layer_params, text_x)
-      seen_k = llm.rotate(seen_k, visible_positions)
-      attended = attention.attend(
-        llm.rotate(q, text_positions),
-        jnp.concatenate([seen_k, llm.rotate(k, text_positions)], axis=1),
-        jnp.concatenate([seen_v, v], axis=1),
-        mask,
+      text = attend_text(*(y[:, F * A :] for y in (q, k, v)), seen_k, seen_v)
+      attended = jnp.concatenate(
+        [image.reshape(B, F * A, *image.shape[2:]), text], axis=1
       )
-      text_x = llm.output(layer_params, text_x, attended)
-      return (layers.shard_rows(image_x), layers.shard_rows(text_x)), None
+      return layers.shard_rows(llm.output(layer_params, x, attended)), None
 
-    (_, text_x), _ = layers.run_stack(
-      body, (image_x, text_x), llm_params["layers"], self.config
+    def last(x, layer_params):
+      # Of the images it makes only the keys and values that text sees.
+      text_x, n = x[:, F * A :], F * len(visible)
+      q, k, v = llm.qkv(
+        layer_params, jnp.concatenate([visible_part(x), text_x], axis=1)
+      )
+      attended = attend_text(
+        llm.rotate(q[:, n:], text_positions),
+        llm.rotate(k[:, n:], text_positions),
+        v[:, n:],
+        llm.rotate(k[:, :n], visible_positions),
+        v[:, :n],
+      )
+      return layers.shard_rows(llm.output(layer_params, text_x, attended))
+
+    x, _ = layers.run_stack(
+      body, x, llm_params["layers"], self.config, last=last
     )
-    return text_x
+    return x
 
   def compress(
     self, params, images: UInt8[Array, "N S S 3"]
@@ -219,7 +264,9 @@ class VisionLanguageModel:
     def body(x, layer_params):
       q, k, v = llm.qkv(layer_params, x)
       rotated_q, rotated_k = llm.rotate(q, positions), llm.rotate(k, positions)
-      attended = attention.attend(rotated_q, rotated_k, v, causal=True)
+      attended = attention.attend(
+        rotated_q, rotated_k, v, self.config, causal=True
+      )
       weights = attention.weights(rotated_q[:, visible], rotated_k, causal)
       x = layers.shard_rows(llm.output(layer_params, x, attended))
       return x, (k[:, visible], v[:, visible], weights)

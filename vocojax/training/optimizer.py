@@ -1,7 +1,8 @@
 """optax optimisers from a config. Read next: `step.py`.
 
 Sources: AdamW (arXiv 1711.05101); Muon (Jordan et al. 2024) as in
-`optax.contrib.muon`, on weight matrices, with AdamW on all else.
+`optax.contrib.muon`, on weight matrices, with AdamW on all else; Lion (arXiv
+2302.06675); Adafactor (arXiv 1804.04235) without its first moment.
 """
 
 import optax
@@ -42,15 +43,22 @@ def make_optimizer(
   def decays(path, _):
     return not state.matches(path, config.no_decay)
 
-  def adamw(peak, nesterov):
+  peak = config.learning_rate
+  moment = {"mu_dtype": config.first_moment_dtype}
+  decay = {
+    "weight_decay": config.weight_decay,
+    "mask": by_path(decays),
+  }
+
+  def adamw(peak, nesterov=False):
     return optax.adamw(
       schedule(config, peak, steps),
       config.b1,
       config.b2,
       config.eps,
-      weight_decay=config.weight_decay,
-      mask=by_path(decays),
       nesterov=nesterov,
+      **moment,
+      **decay,
     )
 
   def label(path, _):
@@ -58,14 +66,27 @@ def make_optimizer(
     return "muon" if is_matrix else "adamw"
 
   if config.name == "adamw":
-    optimizer = adamw(config.learning_rate, nesterov=False)
+    optimizer = adamw(peak)
+  elif config.name == "lion":
+    optimizer = optax.lion(
+      schedule(config, peak, steps), config.b1, config.b2, **moment, **decay
+    )
+  elif config.name == "adafactor":
+    # As optax.adafactor, but with a learning rate and decay like the others'.
+    optimizer = optax.chain(
+      optax.scale_by_factored_rms(),
+      optax.clip_by_block_rms(1.0),
+      optax.add_decayed_weights(**decay),
+      optax.scale_by_learning_rate(schedule(config, peak, steps)),
+    )
   else:
     # `contrib.muon` has an AdamW of its own, but without a decay mask.
     muon = contrib.muon(
-      schedule(config, config.learning_rate, steps),
+      schedule(config, peak, steps),
       weight_decay=config.weight_decay,
       weight_decay_mask=by_path(decays),
       muon_weight_dimension_numbers=contrib.MuonDimensionNumbers(-2, -1),
+      **moment,
     )
     optimizer = optax.partition(
       {"muon": muon, "adamw": adamw(config.adam_learning_rate, nesterov=True)},

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vocojax.models import precision
 from vocojax.models.vlm import VisionLanguageModel
 from vocojax.training import losses, state
 from vocojax.training.state import TrainState
@@ -37,16 +38,21 @@ def make_train_step(
   `losses.answer_loss`.
   """
 
-  def loss_sum(trained, frozen, batch):
-    logits = model.text_logits(state.merge(trained, frozen), batch)
-    return losses.answer_loss(logits, batch["labels"], batch["segment_ids"])
+  def loss_sum(slots, trained, frozen, batch):
+    params = state.merge(precision.with_slots(trained, slots), frozen)
+    targets = losses.next_tokens(batch["labels"], batch["segment_ids"])
+    token_losses, right = model.token_losses(
+      params, batch, jnp.maximum(targets, 0)
+    )
+    return losses.sums(token_losses, right, targets, batch["segment_ids"])
 
   grad = jax.value_and_grad(loss_sum, has_aux=True)
 
   def train_step(train_state: TrainState, batch):
     trained, frozen = state.split(train_state.params, freeze)
+    slots = precision.slots(trained, model.config.dtype)
     if accumulate == 1:
-      (total, sums), grads = grad(trained, frozen, batch)
+      (total, sums), grads = grad(slots, trained, frozen, batch)
     else:
       # Row i goes to micro-batch i % accumulate: each keeps the sharding.
       micro = jax.tree.map(
@@ -54,16 +60,19 @@ def make_train_step(
       )
 
       def add(total, one):
-        return jax.tree.map(jnp.add, total, grad(trained, frozen, one)), None
+        return jax.tree.map(
+          jnp.add, total, grad(slots, trained, frozen, one)
+        ), None
 
-      first = jax.tree.map(lambda x: x[0], micro)
       zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype),
-        jax.eval_shape(grad, trained, frozen, first),
+        lambda s: jnp.zeros(s.shape, jnp.float32),
+        jax.eval_shape(
+          grad, slots, trained, frozen, jax.tree.map(lambda x: x[0], micro)
+        ),
       )
       ((total, sums), grads), _ = jax.lax.scan(add, zeros, micro)
     count = jnp.maximum(sums["tokens"], 1.0)
-    grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads)
     updates, opt_state = optimizer.update(grads, train_state.opt_state, trained)
     trained = cast(state.Params, optax.apply_updates(trained, updates))
     metrics = sums | {

@@ -1,0 +1,107 @@
+"""The output head, and cross-entropy in chunks of it. Read next: llama.py.
+
+B rows, T text length, D width, V vocabulary (padded), W rows of it in a chunk.
+
+The logits of a batch are far larger than all that leads to them: 32,000 numbers
+for a token of 4,096. So they are made for W rows of the vocabulary at a time,
+and made again when gradients are computed.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from vocojax.models import layers
+
+_LANES = 128  # a TPU computes so many columns at once
+
+
+def logits(
+  x: Float[Array, "... D"], kernel: Float[Array, "D V"], vocab_size: int
+) -> Float32[Array, "... V"]:
+  """Scores of all tokens; padded rows get the float32 minimum."""
+  return _real(_product(x, kernel), jnp.arange(kernel.shape[1]), vocab_size)
+
+
+def _product(x, kernel):
+  """Scores in float32, whose gradient goes on in the compute dtype."""
+  return _scores(x, kernel.astype(x.dtype))
+
+
+@jax.custom_vjp
+def _scores(x, kernel):
+  return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
+
+
+def _scores_forward(x, kernel):
+  return _scores(x, kernel), (x, kernel)
+
+
+def _scores_backward(saved, grad):
+  x, kernel = saved
+  grad = grad.astype(x.dtype)
+  axes = tuple(range(x.ndim - 1))
+  return grad @ kernel.T, jnp.tensordot(x, grad, (axes, axes))
+
+
+_scores.defvjp(_scores_forward, _scores_backward)
+
+
+def _real(scores, index, vocab_size):
+  return jnp.where(index < vocab_size, scores, jnp.finfo(jnp.float32).min)
+
+
+def token_losses(
+  x: Float[Array, "B T D"],
+  kernel: Float[Array, "D V"],
+  targets: Int[Array, "B T"],
+  vocab_size: int,
+  chunk: int,
+) -> tuple[Float32[Array, "B T"], Bool[Array, "B T"]]:
+  """Cross-entropy of each token, and whether its target scores highest.
+
+  Args:
+    x: output of the final norm.
+    kernel: the head.
+    targets: token ids.
+    vocab_size: rows of the vocabulary that are not padding.
+    chunk: about how many of them are scored at a time.
+  """
+  D, V = kernel.shape
+  num_chunks = -(-V // chunk)
+  width = V
+  if num_chunks > 1:
+    width = -(-V // (num_chunks * _LANES)) * _LANES
+    kernel = jnp.pad(kernel, ((0, 0), (0, num_chunks * width - V)))
+  chunks = kernel.reshape(D, num_chunks, width).swapaxes(0, 1)
+  # Its gradient is a sum over chunks, which must not be rounded each time.
+  x, dtype = x.astype(jnp.float32), x.dtype
+
+  def add(running, chunk):
+    """log-sum-exp with a running maximum (arXiv 1805.02867)."""
+    highest, best, total, found = running
+    first, part = chunk
+    index = first + jnp.arange(width)
+    scores = layers.shard_rows(_product(x.astype(dtype), part))
+    scores = _real(scores, index, vocab_size)
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1))
+    best = jnp.where(top > highest, first + jnp.argmax(scores, axis=-1), best)
+    new_highest = jnp.maximum(highest, top)
+    total = total * jnp.exp(highest - new_highest)
+    total += jnp.sum(jnp.exp(scores - new_highest[..., None]), axis=-1)
+    is_target = index == targets[..., None]
+    found += jnp.sum(jnp.where(is_target, scores, 0.0), axis=-1)
+    return (new_highest, best, total, found), None
+
+  zeros = jnp.zeros(targets.shape, jnp.float32)
+  running = (zeros - jnp.inf, jnp.zeros_like(targets), zeros, zeros)
+  first = width * jnp.arange(num_chunks)
+  if num_chunks == 1:
+    running, _ = add(running, (first[0], chunks[0]))
+  else:
+    add = functools.partial(jax.checkpoint, prevent_cse=False)(add)
+    running, _ = jax.lax.scan(add, running, (first, chunks))
+  highest, best, total, found = running
+  return highest + jnp.log(total) - found, best == targets
