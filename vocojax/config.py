@@ -151,13 +151,19 @@ class ModelConfig:
   attention_kernel: Literal["auto", "splash", "cudnn", "xla"]
   attention_block_size: int
   logits_chunk: int
+  mlp_chunks: int
   dtype: Literal["float32", "bfloat16"]
   param_dtype: Literal["float32", "bfloat16"]
   remat: Literal["none", "full", "dots"]
   scan_layers: bool
 
   def __post_init__(self):
-    _positive(self, "model", "attention_block_size logits_chunk")
+    _positive(self, "model", "attention_block_size logits_chunk mlp_chunks")
+    if self.llm.intermediate_size % self.mlp_chunks:
+      raise ConfigError(
+        f"config.model.mlp_chunks: {self.mlp_chunks} does not divide "
+        f"intermediate_size ({self.llm.intermediate_size}); choose a divisor"
+      )
     if self.attention_block_size % 128:
       raise ConfigError(
         "config.model.attention_block_size: found "

@@ -43,19 +43,25 @@ def _flat_matmul_backward(saved, grad):
 _flat_matmul.defvjp(_flat_matmul_forward, _flat_matmul_backward)
 
 
-def _cpu_dot_general(x, kernel, dimension_numbers, precision=None):
-  """`dot_general` for `nn.Dense`, whose one contraction is the last axis."""
+def product(
+  x: Shaped[Array, "... In"], kernel: Shaped[Array, "In Out"]
+) -> Shaped[Array, "... Out"]:
+  """Rows times a matrix, with a backward pass that suits the platform."""
+  return _flat_matmul(x, kernel) if platform() == "cpu" else x @ kernel
+
+
+def _dot_general(x, kernel, dimension_numbers, precision=None):
+  """`product` for `nn.Dense`, whose one contraction is the last axis."""
   del dimension_numbers, precision
-  return _flat_matmul(x, kernel)
+  return product(x, kernel)
 
 
 @typing.no_type_check  # a field that it inherits has an uncheckable type
 class Dense(nn.Dense):
-  """`nn.Dense` with a backward pass that suits the platform."""
+  """`nn.Dense` by `product`."""
 
   def __post_init__(self):
-    if platform() == "cpu":
-      self.dot_general = _cpu_dot_general
+    self.dot_general = _dot_general
     super().__post_init__()
 
 

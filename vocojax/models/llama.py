@@ -65,37 +65,75 @@ class SelfAttention(nn.Module):
     return self.o_proj(attended.reshape(*attended.shape[:-2], -1))
 
 
-class MLP(nn.Module):
-  """SwiGLU feed-forward block."""
+class Kernel(nn.Module):
+  """The matrix of a projection without bias, in the compute dtype."""
 
-  config: LlamaConfig
-  dtype: str
-  param_dtype: str
+  shape: tuple[int, int]
+  model: ModelConfig
 
   @nn.compact
-  def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    c = self.config
-    dense = _dense(c, self.dtype, self.param_dtype)
-    gate = dense(c.intermediate_size, name="gate_proj")(x)
-    up = dense(c.intermediate_size, name="up_proj")(x)
-    return dense(c.hidden_size, name="down_proj")(nn.silu(gate) * up)
+  def __call__(self) -> Float[Array, "In Out"]:
+    init = nn.initializers.normal(self.model.llm.initializer_range)
+    kernel = self.param("kernel", init, self.shape, self.model.param_dtype)
+    return kernel.astype(self.model.dtype)
+
+
+class MLP(nn.Module):
+  """SwiGLU feed-forward block, `config.mlp_chunks` parts of its width in turn.
+
+  A part is a slice of M: its products, and in the backward pass its gradients,
+  are gone before those of the next are made.
+  """
+
+  model: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    D, M = self.model.llm.hidden_size, self.model.llm.intermediate_size
+    gate, up, down = (
+      Kernel(shape, self.model, name=name)()
+      for name, shape in (
+        ("gate_proj", (D, M)),
+        ("up_proj", (D, M)),
+        ("down_proj", (M, D)),
+      )
+    )
+
+    def part(gate, up, down):
+      hidden = nn.silu(layers.product(x, gate)) * layers.product(x, up)
+      return layers.product(hidden, down)
+
+    chunks = self.model.mlp_chunks
+    if chunks == 1:
+      return part(gate, up, down)
+
+    def add(total, kernels):
+      return total + part(*kernels).astype(jnp.float32), None
+
+    total, _ = jax.lax.scan(
+      jax.checkpoint(add, prevent_cse=False),
+      jnp.zeros(x.shape, jnp.float32),
+      (
+        gate.reshape(D, chunks, -1).swapaxes(0, 1),
+        up.reshape(D, chunks, -1).swapaxes(0, 1),
+        down.reshape(chunks, -1, D),
+      ),
+    )
+    return total.astype(x.dtype)
 
 
 class DecoderLayer(nn.Module):
   """One block, cut open at its attention."""
 
-  config: LlamaConfig
-  dtype: str
-  param_dtype: str
+  model: ModelConfig
 
   def setup(self):
-    norm = functools.partial(
-      RMSNorm, self.config.rms_norm_eps, self.dtype, self.param_dtype
-    )
+    c, dtypes = self.model.llm, (self.model.dtype, self.model.param_dtype)
+    norm = functools.partial(RMSNorm, c.rms_norm_eps, *dtypes)
     self.input_layernorm = norm()
-    self.self_attn = SelfAttention(self.config, self.dtype, self.param_dtype)
+    self.self_attn = SelfAttention(c, *dtypes)
     self.post_attention_layernorm = norm()
-    self.mlp = MLP(self.config, self.dtype, self.param_dtype)
+    self.mlp = MLP(self.model)
 
   def qkv(
     self, x: Float[Array, "B T D"]
@@ -142,7 +180,7 @@ class Llama:
 
   @property
   def layer(self) -> DecoderLayer:
-    return DecoderLayer(self.config, self.model.dtype, self.model.param_dtype)
+    return DecoderLayer(self.model)
 
   @property
   def _norm(self) -> RMSNorm:
