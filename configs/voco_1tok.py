@@ -14,5 +14,6 @@ from configs import common
 def get_config():
   c = common.get_config()
   c.prompt.strip_newlines = "original"
+  c.model.mlp_chunks = 4
   c.training.epochs = 2.0
   return c

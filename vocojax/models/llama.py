@@ -75,7 +75,7 @@ class Kernel(nn.Module):
   def __call__(self) -> Float[Array, "In Out"]:
     init = nn.initializers.normal(self.model.llm.initializer_range)
     kernel = self.param("kernel", init, self.shape, self.model.param_dtype)
-    return kernel.astype(self.model.dtype)
+    return jnp.asarray(kernel, self.model.dtype)
 
 
 class MLP(nn.Module):
