@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.models import builders
 from vocojax.models import attention
 
 TOLERANCE = 1e-5
@@ -42,6 +43,27 @@ def test_equals_the_plain_form(S, T, H, G):
     attention.bias_from_mask(jnp.asarray(mask)),
   )
   np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("T", [5, 160, 161, 333])
+def test_causal_in_blocks(T):
+  """Values and gradients; as many blocks as `_QUERY_BLOCK` makes of T."""
+  rng = np.random.default_rng(T)
+  query, key, value = _random(rng, 2, T, T, 4, 2)
+  arrays = (query, key.swapaxes(1, 2), value.swapaxes(1, 2))
+  weight = rng.normal(size=query.shape).astype(np.float32)
+  bias = attention.bias_from_mask(jnp.tril(jnp.ones((2, T, T), bool)))
+  config = builders.model_config()
+  found = []
+  for attend in (
+    lambda *x: attention.attend(*x, config, causal=True),
+    lambda *x: attention.attend_with_bias(*x, bias),
+  ):
+    f = jax.value_and_grad(lambda *x: jnp.sum(attend(*x) * weight), (0, 1, 2))  # noqa: B023
+    found.append(jax.tree.leaves(jax.jit(f)(*map(jnp.asarray, arrays))))
+  for a, b in zip(*found, strict=True):
+    scale = np.abs(b).max()
+    np.testing.assert_allclose(a, b, atol=TOLERANCE * scale)
 
 
 @functools.cache

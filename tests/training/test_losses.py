@@ -1,7 +1,9 @@
 """The loss against plain numpy, token by token."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from vocojax.models import head
@@ -67,6 +69,34 @@ def test_equals_plain_numpy(seed, chunk):
   np.testing.assert_allclose(total, expected, rtol=1e-5)
   assert {k: float(v) for k, v in sums.items()} == expected_sums
   assert 0 < sums["correct_answers"] < sums["answers"] < sums["tokens"]
+
+
+@pytest.mark.parametrize("chunk", [100, VOCAB])
+def test_gradients_equal_optax(chunk):
+  """By states and head; the last 20 rows of the head are padding."""
+  rng = np.random.default_rng(0)
+  x, kernel = rng.normal(size=(2, 3, 8)), rng.normal(size=(8, VOCAB + 20))
+  targets = rng.integers(0, VOCAB, (2, 3))
+  weight = rng.normal(size=(2, 3))
+
+  def ours(x, kernel):
+    each, _ = head.token_losses(x, kernel, targets, VOCAB, chunk)
+    return jnp.sum(each * weight)
+
+  def theirs(x, kernel):
+    each = optax.softmax_cross_entropy_with_integer_labels(
+      (x @ kernel)[..., :VOCAB], targets
+    )
+    return jnp.sum(each * weight)
+
+  arrays = [jnp.asarray(a, jnp.float32) for a in (x, kernel)]
+  targets = jnp.asarray(targets)
+  found, expected = (
+    jax.jit(jax.value_and_grad(f, (0, 1)))(*arrays) for f in (ours, theirs)
+  )
+  for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+  assert not np.any(found[1][1][:, VOCAB:])
 
 
 def _loss(labels, segments, right):

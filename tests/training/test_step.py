@@ -129,6 +129,8 @@ def test_frozen_parameters(reference):
     {"remat": "dots"},
     {"remat": "full", "scan_layers": False},
     {"attention": "bias"},
+    {"mlp_chunks": 4},
+    {"mlp_chunks": 3, "remat": "full", "attention_kernel": "splash"},
   ],
 )
 def test_same_numbers_however_it_is_computed(reference, overrides):
