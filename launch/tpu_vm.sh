@@ -114,7 +114,7 @@ case $command in
     on all "cd vocojax; $(quote .venv/bin/python -m vocojax.doctor "${flags[@]}")"
     ;;
   start)
-    train=$(quote .venv/bin/python -m vocojax.train --distributed "${flags[@]}")
+    train=$(quote .venv/bin/python -m vocojax.train "${flags[@]}")
     on all "cd vocojax; if [ -e train.pid ] && kill -0 \$(cat train.pid); then\
  echo error: already running, stop it first >&2; exit 1; fi;\
  nohup $train </dev/null >>train.log 2>&1 & echo \$! >train.pid"

@@ -5,22 +5,18 @@ Reads what `training/checkpoint.py` wrote; changes and deletes nothing.
 
 import itertools
 import json
-import math
 import pathlib
 import re
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 import tqdm
-from etils import epath
 
 from vocojax.config import Config
-from vocojax.errors import CheckpointError
+from vocojax.errors import UserError
 from vocojax.health.findings import Finding, size
 from vocojax.models.compressors import StreamTokens
 from vocojax.models.vlm import VisionLanguageModel
@@ -120,42 +116,68 @@ def _check_step(where: pathlib.Path, read: bool) -> tuple[str, str]:
     loaded = checkpoint.load(str(where))
     if has & set(RUN):
       checkpoint.read_json(where, "progress")
-      for part in (where / "data").glob("*.json"):
-        json.loads(part.read_text())
+      for part in (where / "data").iterdir():
+        if part.name != "commit_success.txt":  # Orbax' own mark
+          json.loads(part.read_text())
     arrays = [
       x for item in _ARRAYS if item in has for x in _arrays(where / item)
     ]
     if read:
       _read(arrays, where)
-  except CheckpointError as e:
+  except UserError as e:
     return str(e).removeprefix(f"{where}: ").partition("; use another")[0], ""
-  except (OSError, ValueError) as e:
+  except (OSError, ValueError, KeyError) as e:
     return f"cannot be read ({' '.join(str(e).split())[:300]})", ""
   kind = "a run to go on with" if has & set(RUN) else "weights without a run"
-  much = size(sum(_nbytes(x) for x in arrays))
+  much = size(sum(map(_nbytes, arrays)))
   how = "all of it read" if read else "arrays not read, --thorough does"
   compressor = loaded.config.model.compressor.name
   return "", f"{kind}, compressor {compressor}, {much}, {how}"
 
 
-def _arrays(item: pathlib.Path) -> list[Any]:
-  """Orbax' metadata of all arrays of an item."""
-  metadata = ocp.StandardCheckpointHandler().metadata(epath.Path(item))
-  return jax.tree.leaves(metadata.tree)
+def _arrays(item: pathlib.Path) -> list[tensorstore.TensorStore]:
+  """The arrays of an item, not read yet.
+
+  Raises:
+    ValueError: one cannot be opened.
+    KeyError: Orbax' list of them is not one.
+  """
+  # Not with Orbax' reader: where one array cannot be opened, it leaves those
+  # that it was opening to complain later.
+  tree = json.loads((item / "_METADATA").read_text())["tree_metadata"]
+  names = [
+    ".".join(part["key"] for part in leaf["key_metadata"])
+    for leaf in tree.values()
+    if leaf["value_metadata"]["value_type"] in ("jax.Array", "np.ndarray")
+  ]
+  base = {"driver": "ocdbt", "base": f"file://{item.absolute()}/"}
+  return [
+    tensorstore.open(
+      {
+        "driver": "zarr",
+        "kvstore": base | {"path": f"{name}/"},
+        # What is not there would be read as zeros.
+        "fill_missing_data_reads": False,
+      },
+      open=True,
+      read=True,
+    ).result()
+    for name in names
+  ]
 
 
-def _nbytes(array: Any) -> int:
-  return math.prod(array.shape) * np.dtype(array.dtype).itemsize
+def _nbytes(array: tensorstore.TensorStore) -> int:
+  return array.size * array.dtype.numpy_dtype.itemsize
 
 
-def _read(arrays: list[Any], where: pathlib.Path) -> None:
+def _read(arrays: list[tensorstore.TensorStore], where: pathlib.Path) -> None:
   """Reads arrays chunk by chunk, so that a large one takes little memory.
 
   Raises:
     ValueError: a part is missing or damaged.
   """
   with tqdm.tqdm(
-    total=sum(_nbytes(x) for x in arrays),
+    total=sum(map(_nbytes, arrays)),
     desc=str(where),
     unit="B",
     unit_scale=True,
@@ -163,30 +185,16 @@ def _read(arrays: list[Any], where: pathlib.Path) -> None:
     dynamic_ncols=True,
   ) as bar:
     for array in arrays:
-      base = f"file://{array.directory.absolute()}/"
-      stored = tensorstore.open(
-        {
-          "driver": "zarr",
-          "kvstore": {
-            "driver": "ocdbt",
-            "base": base,
-            "path": f"{array.name}/",
-          },
-          "fill_missing_data_reads": False,
-        },
-        open=True,
-        read=True,
-      ).result()
-      steps = array.storage.chunk_shape
+      steps = [n or 1 for n in array.chunk_layout.read_chunk.shape or ()]
       corners = itertools.product(
-        *(range(0, n, k) for n, k in zip(stored.shape, steps, strict=True))
+        *(range(0, n, k) for n, k in zip(array.shape, steps, strict=True))
       )
       for corner in corners:
         box = tuple(
           slice(at, min(at + k, n))
-          for at, k, n in zip(corner, steps, stored.shape, strict=True)
+          for at, k, n in zip(corner, steps, array.shape, strict=True)
         )
-        bar.update(stored[box].read().result().nbytes)
+        bar.update(array[box].read().result().nbytes)
 
 
 def sizes(config: Config) -> tuple[int, int]:

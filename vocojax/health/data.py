@@ -29,19 +29,13 @@ _BINS, _BAR = 12, 40  # of the histogram: bins, characters
 SAMPLE = 1000  # records whose images are decoded
 _LONG = 10  # sides of an image as many times each other lose most of it
 
-# What is wrong with a record that the trainer refuses: title and remedy.
+# Kinds of records that the trainer refuses.
 _BAD = {
-  "entry": ("bad records", "correct or remove them"),
-  "missing": (
-    "missing images",
-    "download them, or check config.data.image_folder",
-  ),
-  "images": ("too many images", "raise config.data.max_images"),
-  "long": (
-    "texts longer than a row",
-    "raise config.data.max_text_length, or shorten them",
-  ),
-  "decode": ("images that cannot be decoded", "replace the files"),
+  "entry": "bad records",
+  "missing": "missing images",
+  "images": "too many images",
+  "long": "texts longer than a row",
+  "decode": "images that cannot be decoded",
 }
 
 
@@ -200,9 +194,13 @@ def findings(found: Survey, config: Config) -> Iterator[Finding]:
   """The lines of a survey."""
   name = f"data of {config.name}"
   status = "error" if config.data.on_bad_record == "stop" else "warning"
-  for kind, (title, remedy) in _BAD.items():
+  for kind, title in _BAD.items():
     if messages := found.bad[kind]:
-      yield Finding(f"{name}, {title}", _first(messages), status, remedy)
+      more = f" (and {len(messages) - 1:,} more)" if len(messages) > 1 else ""
+      # The message says what to do.
+      yield Finding(
+        f"{name}, {title}", f"{len(messages):,}", status, messages[0] + more
+      )
   if found.odd:
     yield Finding(
       f"{name}, images of odd size",

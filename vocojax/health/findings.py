@@ -34,10 +34,9 @@ def count(number: int, what: str) -> str:
   return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
-def size(nbytes: float) -> str:
+def size(nbytes: int) -> str:
   """'0.5 KiB', '15.8 GiB'."""
-  for unit in ("KiB", "MiB"):
-    nbytes /= 1024
-    if nbytes < 1000:
-      return f"{nbytes:.1f} {unit}"
-  return f"{nbytes / 1024:,.1f} GiB"
+  for power, unit in ((1, "KiB"), (2, "MiB")):
+    if nbytes < 1000 * 1024**power:
+      return f"{nbytes / 1024**power:.1f} {unit}"
+  return f"{nbytes / 1024**3:,.1f} GiB"

@@ -57,12 +57,14 @@ def devices(
     )
     return
   if process.returncode:
-    said = process.stderr.strip().splitlines() or ["nothing"]
+    said = process.stderr.strip().splitlines() or ["no message"]
+    asked = os.environ.get("JAX_PLATFORMS")
     yield Finding(
       "devices",
-      f"JAX does not start; it says {said[-1][:300]!r}",
+      f"JAX does not start ({said[-1][:300]})",
       "error",
-      "correct the packages named above, the driver, or JAX_PLATFORMS",
+      "correct the packages named above or the driver"
+      + (f", or unset JAX_PLATFORMS, which is {asked!r}" if asked else ""),
     )
     return
   found = [tuple(d) for d in json.loads(process.stdout.splitlines()[-1])]
