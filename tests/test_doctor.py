@@ -147,8 +147,9 @@ def test_not_installed():
 # Machine -------------------------------------------------------------------
 
 
-def test_devices(tmp_path):
+def test_devices(tmp_path, monkeypatch):
   """JAX says what there is; a file of a device, that there is more."""
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
   (found,) = lines(machine.devices(tmp_path))
   assert found == "devices: 1 x cpu (cpu): OK"
 
@@ -161,22 +162,28 @@ def test_devices(tmp_path):
     ("vfio/0", "a TPU", "tpu", ""),
   ],
 )
-def test_accelerator_that_jax_misses(tmp_path, file, name, extra, driver):
+def test_accelerator_that_jax_misses(
+  tmp_path, monkeypatch, file, name, extra, driver
+):
   path = tmp_path / file
   path.parent.mkdir(exist_ok=True)
   path.touch()
-  code = (
-    "import pathlib; from vocojax.health import machine; "
-    f"print(*machine.devices(pathlib.Path({str(tmp_path)!r})))"
-  )
-  asked = python("-c", code).stdout.strip()
-  there = f"devices: 1 x cpu (cpu), but {path} says that there is {name}"
-  assert asked == (f"{there}: warning: unset JAX_PLATFORMS, which is 'cpu'")
-  found = python("-c", code, JAX_PLATFORMS="").stdout.strip()
+  monkeypatch.setenv("JAX_PLATFORMS", "")
+  (found,) = lines(machine.devices(tmp_path))
   assert found == (
-    f"{there}: error: {sys.executable} -m pip install -e '.[{extra}]' in the "
-    "folder of vocojax installs JAX for it; it needs a user who may open "
-    f"{path}{driver}"
+    f"devices: 1 x cpu (cpu), but {path} says that there is {name}: error: "
+    f"{sys.executable} -m pip install -e '.[{extra}]' in the folder of vocojax "
+    f"installs JAX for it; it needs a user who may open {path}{driver}"
+  )
+
+
+def test_accelerator_that_the_user_hides(tmp_path, monkeypatch):
+  (tmp_path / "nvidia0").touch()
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  (found,) = lines(machine.devices(tmp_path))
+  assert found == (
+    f"devices: 1 x cpu (cpu), but {tmp_path}/nvidia0 says that there is an "
+    "NVIDIA GPU: warning: unset JAX_PLATFORMS, which is 'cpu'"
   )
 
 

@@ -96,9 +96,8 @@ def survey(
   """
   result = Survey(len(source))
   surveyor = _Surveyor(result, tokenizer, config)
-  chosen = np.random.default_rng(config.seed).permutation(len(source))[:sample]
-  decode = np.zeros(len(source), bool)
-  decode[chosen] = True
+  order = np.random.default_rng(config.seed).permutation(len(source))
+  chosen = set(order[:sample].tolist())
   ids: collections.Counter[str] = collections.Counter()
   for i in tqdm.tqdm(
     range(len(source)),
@@ -113,7 +112,7 @@ def survey(
       result.bad["entry"].append(str(e))
       continue
     ids[record.id] += 1
-    surveyor.look(record, decode[i])
+    surveyor.look(record, decode=i in chosen)
   result.repeated = {id_: n for id_, n in ids.items() if n > 1}
   return result
 
