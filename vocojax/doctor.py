@@ -153,7 +153,10 @@ def _checkpoints() -> Iterator[Finding]:
   if _CHECKPOINT.value is not None:
     given.append(pathlib.Path(_CHECKPOINT.value))
   if _WORKDIR.value is not None:
-    given += checkpoints.folders(pathlib.Path(_WORKDIR.value))
+    found = checkpoints.folders(pathlib.Path(_WORKDIR.value))
+    given += found
+    if not found:
+      yield Finding("checkpoints", f"none yet in {_WORKDIR.value}")
   for path in given:
     yield from checkpoints.check(path, _THOROUGH.value)
 

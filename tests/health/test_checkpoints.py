@@ -168,6 +168,10 @@ def test_no_such_checkpoint(tmp_path):
     f"checkpoint {tmp_path}: no folder {tmp_path}/checkpoints: error: name the "
     "phase folder of a workdir, or use --workdir for all of them"
   ]
+  (tmp_path / "checkpoints").mkdir()
+  (found,) = checkpoints.check(tmp_path / "checkpoints/4")
+  assert found.status == "error"
+  assert found.found == f"no folder {tmp_path}/checkpoints/4"
 
 
 def test_sizes(folder):

@@ -95,6 +95,29 @@ def test_all_of_it_broken(folder, tmp_path):
   assert listed.startswith(f"record r0: {images}/0.png: no such image file")
 
 
+def test_broken_json(folder, tmp_path):
+  """No data can be read at all; what else there is, is still checked."""
+  text = (folder / "data.json").read_text()
+  (tmp_path / "data.json").write_text(text[: len(text) // 2])
+  process = python(
+    "-m",
+    "vocojax.doctor",
+    f"--config={folder}/one.py",
+    f"--config.data.path={tmp_path}/data.json",
+    f"--workdir={tmp_path}/run",
+  )
+  assert process.returncode == 1
+  found = process.stdout.splitlines()
+  assert found[-3] == f"checkpoints: none yet in {tmp_path}/run: OK"
+  assert re.match(
+    rf"data: error: {tmp_path}/data.json: not JSON at byte \d+, after 1\d "
+    r"records \(.*\), expected a JSON list of records; ",
+    found[-2],
+  )
+  assert found[-1] == "1 error, 0 warnings"
+  assert [p.name for p in tmp_path.iterdir()] == ["data.json"]
+
+
 def test_jax_cannot_be_imported(folder, tmp_path):
   """What needs no JAX is checked all the same."""
   (tmp_path / "jax.py").write_text("raise AttributeError('no jaxlib')\n")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests import runs
-from vocojax.config import load_module, phases
+from tests.health.setups import config_of
 from vocojax.data import pipeline
 from vocojax.data.sources import Record, make_source
 from vocojax.data.tokenizer import load_tokenizer
@@ -45,13 +45,6 @@ def folder(tmp_path_factory):
   (folder / "empty.png").touch()
   (folder / "broken.json").write_text(json.dumps(entries))
   return folder
-
-
-def config_of(folder, **changes):
-  (config,) = phases(load_module(str(folder / "one.py")))
-  return dataclasses.replace(
-    config, data=dataclasses.replace(config.data, **changes)
-  )
 
 
 def survey(config, **options):
@@ -199,6 +192,17 @@ def test_conversations_that_are_left_out(folder):
   skip = dataclasses.replace(config.data, skip_answers=("no",))
   found, laid = check(dataclasses.replace(config, data=skip))
   assert (found.empty, laid) == (["record r2", "record r3"], [2, 2, 0, 0])
+
+
+def test_no_record_can_be_used(folder, tmp_path):
+  (folder / "bad.json").write_text('[1, {"id": "a"}]')
+  config = config_of(folder, path=str(folder / "bad.json"))
+  found = survey(config)
+  bad, records = data.findings(found, config)
+  assert (bad.check, bad.found) == ("data of voco, bad records", "2")
+  assert records.found.startswith("0 of 2 can be trained on")
+  assert list(data.histogram(found.lengths, 24)) == []
+  data.plot({config: found}, tmp_path / "plot.png")
 
 
 def test_histogram():

@@ -48,10 +48,10 @@ def check(given: pathlib.Path, thorough: bool = False) -> Iterator[Finding]:
     folder, only = given.parent, given.name
   elif given.name != checkpoint.FOLDER:
     folder = given / checkpoint.FOLDER
-  if not folder.is_dir():
+  if not folder.is_dir() or not given.is_dir():
     yield Finding(
       f"checkpoint {given}",
-      f"no folder {folder}",
+      f"no folder {given if folder.is_dir() else folder}",
       "error",
       "name the phase folder of a workdir, or use --workdir for all of them",
     )

@@ -265,6 +265,8 @@ def histogram(lengths: list[int], limit: int) -> Iterator[str]:
   The last bin holds the longest hundredth, so that it does not squeeze the
   others. `limit` is marked.
   """
+  if not lengths:
+    return
   values = np.array(lengths)
   width = max(1, math.ceil(np.percentile(values, 99) / _BINS))
   counts = np.bincount(np.minimum(values // width, _BINS))
@@ -286,7 +288,8 @@ def plot(surveys: Mapping[Config, Survey], path: pathlib.Path) -> None:
     limit, lengths = config.data.max_text_length, np.array(found.lengths)
     axes.hist(lengths, bins=60, color=plots.BLUE)
     axes.axvline(limit, color=plots.RED)
-    axes.set_yscale("log")
+    if found.lengths:
+      axes.set_yscale("log")
     axes.set_ylabel("conversations")
     axes.set_title(
       f"phase {config.name}: {count(len(lengths), 'conversation')}; a row has "
