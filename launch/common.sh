@@ -10,6 +10,22 @@ die() {
   exit 2
 }
 
+# quote [WORD...]: prints words as a shell would read them back.
+quote() {
+  local word words=()
+  for word in "$@"; do
+    [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word=${word@Q}
+    words+=("$word")
+  done
+  printf '%s\n' "${words[*]}"
+}
+
+# run COMMAND [ARGUMENT...]: runs it; with dry_run=1 prints it instead.
+dry_run=0
+run() {
+  if ((dry_run)); then quote "$@"; else "$@"; fi
+}
+
 # install EXTRA: makes .venv hold this package with an extra of setup.py, or
 # with none ('cpu'). Does nothing when a former call got to its end and neither
 # setup.py nor constraints.txt changed since: a stamp in .venv, written last,

@@ -8,6 +8,7 @@ install test
 bin=.venv/bin
 "$bin/ruff" check .
 "$bin/ruff" format --check .
-"$bin/shellcheck" launch/*.sh .ci/run
+"$bin/shellcheck" launch/*.sh launch/slurm.sbatch .ci/run
+"$bin/hadolint" launch/Dockerfile
 "$bin/pyrefly" check --python-interpreter-path "$bin/python"
 "$bin/python" -m pytest -n 2 "$@"

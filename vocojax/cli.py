@@ -72,17 +72,19 @@ def run(
   sys.exit(status)
 
 
-def define_config() -> flags.FlagHolder:
-  """Defines `--config=FILE` and `--config.KEY=VALUE`; the file is required.
+def define_config(required: bool = True) -> flags.FlagHolder:
+  """Defines `--config=FILE` and `--config.KEY=VALUE`.
 
   Returns:
-    A holder whose `.value` is, once flags are parsed, a locked ConfigDict.
+    A holder whose `.value` is, once flags are parsed, a locked ConfigDict; None
+    if the file is not `required` and was not given.
   """
   holder = config_flags.DEFINE_config_file(
     "config", None, "Config file; --config.KEY=VALUE changes one of its keys."
   )
   flags.FLAGS["config"].parser = _ConfigParser()
-  flags.mark_flag_as_required("config")
+  if required:
+    flags.mark_flag_as_required("config")
   return holder
 
 

@@ -1,0 +1,163 @@
+"""The doctor as a program, on set-ups that are whole, broken, or no set-up."""
+
+import re
+import shutil
+
+import pytest
+
+from tests import runs
+from tests.health.setups import copy, install, python
+
+
+def test_nothing_wrong(folder, tmp_path):
+  """With all that can be checked; it writes what it was asked for only."""
+  before = sorted(folder.rglob("*"))
+  process = python(
+    "-m",
+    "vocojax.doctor",
+    f"--config={folder}/one.py",
+    f"--workdir={folder}/run",
+    f"--checkpoint={folder}/run/voco/checkpoints/3",
+    f"--list={tmp_path}/list.txt",
+    f"--plot={tmp_path}/plot.png",
+  )
+  found = process.stdout.splitlines()
+  assert process.returncode == 0, process.stdout + process.stderr
+  checked = [line.partition(":")[0] for line in found if line.endswith(": OK")]
+  steps = f"checkpoint {folder}/run/voco/checkpoints"
+  assert checked == [
+    "Python",
+    "packages",
+    "devices",
+    "host memory",
+    "model of voco",
+    f"disk of {folder}/run",
+    f"{steps}/3",
+    f"{steps}/3",
+    f"{steps}/5",
+    "data of voco, records",
+    "data of voco, text",
+  ]
+  assert found[-1] == "0 errors, 0 warnings"
+  assert "Traceback" not in process.stderr
+  assert re.search(r"24/24 \[.*record/s\]", process.stderr)  # rate and time
+  assert (tmp_path / "list.txt").read_text() == ""
+  assert (tmp_path / "plot.png").stat().st_size > 10_000
+  assert sorted(folder.rglob("*")) == before
+
+
+def test_all_of_it_broken(folder, tmp_path):
+  """A wrong package, no disk, a missing image, half a checkpoint."""
+  install(tmp_path / "site", "grain", "0.1.0")
+  _, steps = copy(folder, tmp_path)
+  shutil.rmtree(steps / "5/optimizer")
+  shutil.copytree(steps / "3", steps / "7.orbax-checkpoint-tmp")
+  images = tmp_path / "images"
+  images.mkdir()
+  for i in range(1, runs.NUM_RECORDS):
+    shutil.copy(folder / f"{i}.png", images)
+  free = shutil.disk_usage(tmp_path).free
+  process = python(
+    "-m",
+    "vocojax.doctor",
+    f"--config={folder}/one.py",
+    f"--config.data.image_folder={images}",
+    # More than the disk holds, in the layers alone.
+    f"--config.model.llm.intermediate_size={free // 1000}",
+    f"--workdir={tmp_path}/run",
+    f"--list={tmp_path}/list.txt",
+    PYTHONPATH=str(tmp_path / "site"),
+  )
+  assert process.returncode == 1
+  wrong = [
+    line
+    for line in process.stdout.splitlines()
+    if re.search(": (error|warning): ", line)
+  ]
+  patterns = (
+    r"package grain: found 0.1.0, vocojax needs <0.3,>=0.2.18: error: .* -m "
+    r"pip install 'grain<0.3,>=0.2.18'",
+    rf"disk of {tmp_path}/run: \S+ GiB free, the checkpoints of this run take "
+    r"up to \S+ GiB: error: free some space, .*",
+    rf"checkpoint {steps}/5: lacks optimizer: error: move this folder away; "
+    "the run then goes on from step 3",
+    rf"checkpoint {steps}/7.orbax-checkpoint-tmp: half-written: warning: .*",
+    rf"data of voco, missing images: 1: error: record r0: {images}/0.png: no "
+    r"such image file .*; check config.data.image_folder",
+    "data of voco, records: 23 of 24 can be trained on .*: error: training "
+    "stops at the first other one; .*",
+  )
+  assert len(wrong) == len(patterns), process.stdout + process.stderr
+  for pattern, line in zip(patterns, wrong, strict=True):
+    assert re.fullmatch(pattern, line), line
+  assert process.stdout.splitlines()[-1] == "5 errors, 1 warning"
+  (listed,) = (tmp_path / "list.txt").read_text().splitlines()
+  assert listed.startswith(f"record r0: {images}/0.png: no such image file")
+
+
+def test_broken_json(folder, tmp_path):
+  """No data can be read at all; what else there is, is still checked."""
+  text = (folder / "data.json").read_text()
+  (tmp_path / "data.json").write_text(text[: len(text) // 2])
+  process = python(
+    "-m",
+    "vocojax.doctor",
+    f"--config={folder}/one.py",
+    f"--config.data.path={tmp_path}/data.json",
+    f"--workdir={tmp_path}/run",
+  )
+  assert process.returncode == 1
+  found = process.stdout.splitlines()
+  assert found[-3] == f"checkpoints: none yet in {tmp_path}/run: OK"
+  assert re.match(
+    rf"data: error: {tmp_path}/data.json: not JSON at byte \d+, after 1\d "
+    r"records \(.*\), expected a JSON list of records; ",
+    found[-2],
+  )
+  assert found[-1] == "1 error, 0 warnings"
+  assert [p.name for p in tmp_path.iterdir()] == ["data.json"]
+
+
+def test_jax_cannot_be_imported(folder, tmp_path):
+  """What needs no JAX is checked all the same."""
+  (tmp_path / "jax.py").write_text("raise AttributeError('no jaxlib')\n")
+  process = python(
+    "-m",
+    "vocojax.doctor",
+    f"--config={folder}/one.py",
+    f"--workdir={folder}/run",
+    PYTHONPATH=str(tmp_path),
+  )
+  found = process.stdout.splitlines()
+  assert process.returncode == 1
+  assert "Traceback" not in process.stderr
+  errors = [line for line in found if ": error: " in line]
+  assert errors[0].startswith(
+    "devices: JAX does not start (AttributeError: no jaxlib): error: "
+  )
+  names = [line.partition(":")[0] for line in errors]
+  assert names == ["devices", "disk", "checkpoints", "data"]
+  for line in errors[1:]:
+    assert re.search(
+      r": error: cannot be checked, since vocojax\.\S+ cannot be imported "
+      r"\(AttributeError: no jaxlib\); correct the packages named above$",
+      line,
+    ), line
+  assert any(line.startswith("host memory: ") for line in found)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (
+      ["--plot=x.png"],
+      "--plot: found no --config, which names the data; add it",
+    ),
+    (["--config.seed=1"], "--config.seed: needs --config=FILE as well; "),
+    (["--config=none.py"], "--config=none.py: no such file; "),
+  ],
+)
+def test_wrong_usage(arguments, message):
+  process = python("-m", "vocojax.doctor", *arguments)
+  assert (process.returncode, process.stdout) == (2, "")
+  assert process.stderr.startswith(f"error: {message}")

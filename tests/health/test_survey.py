@@ -1,0 +1,251 @@
+"""The doctor's survey of broken data, against what the trainer then does."""
+
+import dataclasses
+import json
+
+import matplotlib.image
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import runs
+from tests.health.setups import config_of
+from vocojax.data import pipeline
+from vocojax.data.sources import Record, make_source
+from vocojax.data.tokenizer import load_tokenizer
+from vocojax.errors import DataError
+from vocojax.health import data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """The tiny data set, and one with something wrong in many records."""
+  folder = tmp_path_factory.mktemp("data")
+  runs.write_data(folder)
+  runs.write_config(folder, "one.py", runs.ONE_PHASE)
+  entries = [runs.entry(i) for i in range(runs.NUM_RECORDS)]
+  entries[1]["image"] = "none.png"
+  entries[2]["image"] = "text.png"
+  (folder / "text.png").write_text("no image")
+  entries[3].pop("conversations")
+  entries[4]["image"] = ["4.png", "5.png"]
+  entries[5]["conversations"][0]["value"] = "green " * 30
+  entries[6]["image"] = "long.png"
+  Image.new("RGB", (200, 17)).save(folder / "long.png")
+  entries[7]["id"] = entries[8]["id"] = "r0"
+  entries[9].pop("image")
+  entries[10]["image"] = "cut.png"
+  whole = (folder / "10.png").read_bytes()
+  (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+  entries[11] = "no object"
+  entries[12]["image"] = "none.png"
+  entries[13]["image"] = "small.png"
+  Image.new("RGB", (40, 15)).save(folder / "small.png")
+  entries[14]["image"] = "empty.png"
+  (folder / "empty.png").touch()
+  (folder / "broken.json").write_text(json.dumps(entries))
+  return folder
+
+
+def survey(config, **options):
+  source = make_source(config.data, config.data.train_split)
+  return data.survey(
+    source, load_tokenizer(config.data.tokenizer), config, **options
+  )
+
+
+def broken(folder, **changes):
+  return config_of(folder, path=str(folder / "broken.json"), **changes)
+
+
+def encoder(config):
+  tokenizer = load_tokenizer(config.data.tokenizer)
+  size = config.model.vision.image_size
+  return pipeline.Encoder(tokenizer, config.prompt, config.data, size)
+
+
+def test_refuses_what_the_trainer_refuses(folder):
+  """The same records, with the same words."""
+  config = broken(folder)
+  source = make_source(config.data, "train")
+  rng = np.random.default_rng(0)
+  refused = []
+  for i in range(len(source)):
+    try:
+      encoder(config)(source[i], rng)
+    except DataError as e:
+      refused.append(str(e))
+  found = survey(config)
+  assert sorted(found.refused) == sorted(refused)
+  assert len(refused) == 9
+  kinds = {kind: len(messages) for kind, messages in found.bad.items()}
+  assert kinds == {
+    "entry": 2,
+    "missing": 2,
+    "images": 1,
+    "long": 1,
+    "decode": 3,
+  }
+
+
+def test_findings(folder):
+  config = broken(folder)
+  image = f"record %s: {folder}/%s: "
+  where = f"{folder}/broken.json record 3 (id 'r3')"
+  lines = [str(f) for f in data.findings(survey(config), config)]
+  assert lines == [
+    f"data of voco, bad records: 2: error: {where}: field conversations: found "
+    "'nothing', expected a list of turns; add it (and 1 more)",
+    "data of voco, missing images: 2: error: "
+    + image % ("r1", "none.png")
+    + f"no such image file ({folder}/none.png); check config.data.image_folder "
+    "(and 1 more)",
+    "data of voco, too many images: 1: error: record r4: 2 images, expected at "
+    "most 1; raise config.data.max_images",
+    "data of voco, texts longer than a row: 1: error: record r5: a "
+    "conversation of 40 tokens, expected at most 24; raise "
+    "config.data.max_text_length or shorten the answers",
+    "data of voco, images that cannot be decoded: 3: error: "
+    + image % ("r2", "text.png")
+    + "not an image of a known format; replace the file (and 2 more)",
+    f"data of voco, images of odd size: 2, the first: record r6: {folder}"
+    "/long.png 200x17: warning: look at them: they are below 16 pixels high or "
+    "wide, or more than 10 times as long as wide",
+    "data of voco, repeated ids: 1, r0 3 times: warning: harmless in training; "
+    "other ids would tell the records apart in errors",
+    "data of voco, records: 15 of 24 can be trained on (images of 18 decoded): "
+    "error: training stops at the first other one; correct them, or set "
+    "config.data.on_bad_record=skip to leave them out",
+    lines[8],
+  ]
+  assert lines[8].startswith("data of voco, text: 22 conversations of ")
+  assert lines[8].endswith(", the longest 40, a row 24: OK")
+
+
+def test_skipping_is_no_error(folder):
+  config = broken(folder, on_bad_record="skip")
+  found = list(data.findings(survey(config), config))
+  assert {f.status for f in found} == {"warning", "OK"}
+  (records,) = (f for f in found if f.check == "data of voco, records")
+  assert records.remedy == "training leaves out the others"
+
+
+def test_sample(folder):
+  """What costs little is checked of all; images are decoded for some."""
+  full, none = survey(broken(folder)), survey(broken(folder), sample=0)
+  assert none.decoded == 0
+  assert none.bad == full.bad | {"decode": []}
+  assert none.odd == []
+  assert none.lengths == full.lengths
+  some = survey(broken(folder), sample=12)
+  assert 0 < some.decoded <= 12
+  assert set(some.bad["decode"]) <= set(full.bad["decode"])
+
+
+class Records(list):
+  """Records in memory are a source, too."""
+
+
+def test_conversations_that_are_left_out(folder):
+  """As the encoder leaves them out: one after the other, until the row ends."""
+  image = (folder / "0.png").read_bytes()
+  turn = ("is it green ?", "yes it is")  # 8 tokens, </s> included
+  other = ("is it green ?", "no")  # 6
+  source = Records(
+    Record(f"r{i}", (image,), conversations)
+    for i, conversations in enumerate(
+      [
+        ((turn,), (turn,)),
+        ((turn,), (turn,), (turn,)),
+        ((other,), (other,)),
+        (),
+      ]
+    )
+  )
+  config = config_of(folder, max_text_length=20)
+  tokenizer = load_tokenizer(config.data.tokenizer)
+
+  def check(config):
+    found = data.survey(source, tokenizer, config)
+    rows = [encoder(config)(r, np.random.default_rng(1)) for r in source]
+    laid = [int(row["segment_ids"].max()) for row in rows]
+    return found, laid
+
+  found, laid = check(config)
+  assert sorted(found.lengths) == [6, 6, 8, 8, 8, 8, 8]
+  assert (found.cut, laid) == (["record r1"], [2, 2, 2, 0])
+  assert found.empty == ["record r3"]
+  lines = [str(f) for f in data.findings(found, config)]
+  assert lines[0] == (
+    "data of voco, conversations that are left out: some of 1, the first: "
+    "record r1: warning: all that do not fit into 20 tokens with those before "
+    "them; raise config.data.max_text_length"
+  )
+  assert lines[1] == (
+    "data of voco, records without text: 1, the first: record r3: warning: "
+    "config.data.skip_answers leaves out all that they have; remove them"
+  )
+  # Two of three are sampled, and two always fit.
+  two = dataclasses.replace(config.data, conversations_per_record=2)
+  found, laid = check(dataclasses.replace(config, data=two))
+  assert (found.cut, laid) == ([], [2, 2, 2, 0])
+  skip = dataclasses.replace(config.data, skip_answers=("no",))
+  found, laid = check(dataclasses.replace(config, data=skip))
+  assert (found.empty, laid) == (["record r2", "record r3"], [2, 2, 0, 0])
+
+
+def test_no_record_can_be_used(folder, tmp_path):
+  (folder / "bad.json").write_text('[1, {"id": "a"}]')
+  config = config_of(folder, path=str(folder / "bad.json"))
+  found = survey(config)
+  bad, records = data.findings(found, config)
+  assert (bad.check, bad.found) == ("data of voco, bad records", "2")
+  assert records.found.startswith("0 of 2 can be trained on")
+  assert list(data.histogram(found.lengths, 24)) == []
+  data.plot({config: found}, tmp_path / "plot.png")
+
+
+def test_histogram():
+  lengths = [0, 1, 1, 2, 3, 3, 3, 3, 9]
+  assert [line.rstrip() for line in data.histogram(lengths, 5)] == [
+    "             0 to 0 ##########                               1",
+    "             1 to 1 ####################                     2",
+    "             2 to 2 ##########                               1",
+    "             3 to 3 ######################################## 4",
+    "             4 to 4                                          0",
+    "             5 to 5                                          0"
+    "  <- a row ends at 5",
+    "             6 to 6                                          0",
+    "             7 to 7                                          0",
+    "             8 to 8                                          0",
+    "             9 to 9 ##########                               1",
+  ]
+
+
+def test_histogram_with_a_long_tail():
+  """Few long ones do not squeeze the others; all are counted."""
+  lengths = [*range(1200), 5000, 60000]
+  lines = list(data.histogram(lengths, 1468))
+  assert len(lines) == 13
+  assert lines[-1].split() == [
+    *"1,200 and more #".split(),
+    "2",
+    *"<- a row ends at 1,468".split(),
+  ]
+  counts = [int(line.split("<-")[0].split()[-1]) for line in lines]
+  assert counts == [100] * 12 + [2]
+
+
+def test_plot(folder, tmp_path):
+  config = config_of(folder)
+  found = survey(config)
+  other = dataclasses.replace(config, name="other")
+  data.plot({config: found}, tmp_path / "one.png")
+  data.plot({config: found, other: found}, tmp_path / "two.png")
+  one = matplotlib.image.imread(tmp_path / "one.png")
+  two = matplotlib.image.imread(tmp_path / "two.png")
+  assert one.shape == (540, 1350, 4)
+  assert two.shape == (990, 1350, 4)
+  for picture in (one, two):
+    red = np.all(np.abs(picture[..., :3] - (0.753, 0.149, 0.122)) < 0.01, -1)
+    assert red.any(1).mean() > 0.4  # the line where a row ends

@@ -1,0 +1,1 @@
+"""What `python -m vocojax.doctor` checks. Read next: findings.py."""

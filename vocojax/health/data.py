@@ -1,0 +1,301 @@
+"""Training data: what the trainer would refuse or leave out. Next: doctor.py.
+
+Each record is judged by the code that trains on it: a source, `prompt.encode`
+and `pipeline.Encoder`. JSON, text and whether images exist are checked of all
+records; images are decoded for a sample, since that takes far longer.
+"""
+
+import collections
+import dataclasses
+import io
+import math
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import tqdm
+import transformers
+from PIL import Image
+
+from vocojax.config import Config
+from vocojax.data import pipeline, prompt
+from vocojax.data.sources import Record, Source
+from vocojax.errors import DataError
+from vocojax.evals import plots
+from vocojax.health.findings import Finding, count
+
+_BINS, _BAR = 12, 40  # of the histogram: bins, characters
+SAMPLE = 1000  # records whose images are decoded
+_LONG = 10  # sides of an image as many times each other lose most of it
+
+# Kinds of records that the trainer refuses.
+_BAD = {
+  "entry": "bad records",
+  "missing": "missing images",
+  "images": "too many images",
+  "long": "texts longer than a row",
+  "decode": "images that cannot be decoded",
+}
+
+
+@dataclasses.dataclass
+class Survey:
+  """What one pass over the records of a phase found.
+
+  Attributes:
+    records: how many there are.
+    decoded: how many of them had their images decoded.
+    bad: messages of the trainer about the records that it refuses, by kind.
+    odd: the same about images of a size that says little.
+    cut: records of which some conversations do not fit in the row.
+    empty: records without a conversation to train on.
+    repeated: ids that several records have, with the number of records.
+    lengths: tokens of each conversation.
+  """
+
+  records: int
+  decoded: int = 0
+  bad: dict[str, list[str]] = dataclasses.field(
+    default_factory=lambda: {kind: [] for kind in _BAD}
+  )
+  odd: list[str] = dataclasses.field(default_factory=list)
+  cut: list[str] = dataclasses.field(default_factory=list)
+  empty: list[str] = dataclasses.field(default_factory=list)
+  repeated: dict[str, int] = dataclasses.field(default_factory=dict)
+  lengths: list[int] = dataclasses.field(default_factory=list)
+
+  @property
+  def wrong(self) -> list[str]:
+    """All that there is something to say about, but repeated ids."""
+    return [
+      *self.refused,
+      *(f"{x}: an image of odd size" for x in self.odd),
+      *(f"{x}: conversations left out" for x in self.cut),
+      *(f"{x}: no text" for x in self.empty),
+    ]
+
+  @property
+  def refused(self) -> list[str]:
+    return [message for kind in self.bad.values() for message in kind]
+
+
+def survey(
+  source: Source,
+  tokenizer: transformers.PreTrainedTokenizerFast,
+  config: Config,
+  sample: int = SAMPLE,
+) -> Survey:
+  """Goes through all records, with a progress bar.
+
+  Args:
+    source: the records.
+    tokenizer: of the run.
+    config: one phase.
+    sample: how many records have their images decoded, chosen at random.
+  """
+  result = Survey(len(source))
+  surveyor = _Surveyor(result, tokenizer, config)
+  order = np.random.default_rng(config.seed).permutation(len(source))
+  chosen = set(order[:sample].tolist())
+  ids: collections.Counter[str] = collections.Counter()
+  for i in tqdm.tqdm(
+    range(len(source)),
+    desc=f"data of {config.name}",
+    unit="record",
+    mininterval=1 if sys.stderr.isatty() else 20,
+    dynamic_ncols=True,
+  ):
+    try:
+      record = source[i]
+    except DataError as e:
+      result.bad["entry"].append(str(e))
+      continue
+    ids[record.id] += 1
+    surveyor.look(record, decode=i in chosen)
+  result.repeated = {id_: n for id_, n in ids.items() if n > 1}
+  return result
+
+
+class _Surveyor:
+  """Looks at one record after the other."""
+
+  def __init__(self, result: Survey, tokenizer, config: Config):
+    self._result = result
+    self._tokenizer = tokenizer
+    self._prompt = config.prompt
+    self._data = config.data
+    self._vision = config.model.vision
+    self._encoder = pipeline.Encoder(
+      tokenizer, config.prompt, config.data, config.model.vision.image_size
+    )
+
+  def look(self, record: Record, decode: bool) -> None:
+    """Adds what there is to say about a record to the result."""
+    data, result = self._data, self._result
+    turns = [
+      c for c in record.conversations if c[-1][1] not in data.skip_answers
+    ]
+    lengths = [self._length(record, t) for t in turns]
+    result.lengths += lengths
+    kind = "decode"
+    if any(
+      isinstance(x, pathlib.Path) and not x.is_file() for x in record.images
+    ):
+      kind = "missing"
+    elif len(record.images) > data.max_images:
+      kind = "images"
+    elif too_long := [
+      t for t, n in zip(turns, lengths, strict=True) if n > data.max_text_length
+    ]:
+      kind = "long"
+      record = dataclasses.replace(record, conversations=(too_long[0],))
+    if decode or kind != "decode":
+      result.decoded += kind == "decode"
+      try:
+        self._encoder(record, np.random.default_rng(0))
+      except DataError as e:
+        result.bad[kind].append(str(e))
+        return
+      for image in record.images:
+        self._size(record, image)
+    if not turns:
+      result.empty.append(f"record {record.id}")
+    taken = data.conversations_per_record or len(lengths)
+    if sum(sorted(lengths)[-taken:]) > data.max_text_length:
+      result.cut.append(f"record {record.id}")
+
+  def _length(self, record: Record, turns) -> int:
+    return len(
+      prompt.encode(
+        prompt.LAYOUTS[self._prompt.layout],
+        self._tokenizer,
+        turns,
+        has_image=bool(record.images),
+        strip_newlines=self._prompt.strip_newlines,
+      )[0]
+    )
+
+  def _size(self, record: Record, image: bytes | pathlib.Path) -> None:
+    """Whether an image that can be decoded shows anything."""
+    opened = Image.open(
+      io.BytesIO(image) if isinstance(image, bytes) else image
+    )
+    with opened:
+      short, long = sorted(opened.size)
+      width, height = opened.size
+    name = "" if isinstance(image, bytes) else f" {image}"
+    if short < self._vision.patch_size or long > _LONG * short:
+      self._result.odd.append(f"record {record.id}:{name} {width}x{height}")
+
+
+def findings(found: Survey, config: Config) -> Iterator[Finding]:
+  """The lines of a survey."""
+  name = f"data of {config.name}"
+  status = "error" if config.data.on_bad_record == "stop" else "warning"
+  for kind, title in _BAD.items():
+    if messages := found.bad[kind]:
+      more = f" (and {len(messages) - 1:,} more)" if len(messages) > 1 else ""
+      # The message says what to do.
+      yield Finding(
+        f"{name}, {title}", f"{len(messages):,}", status, messages[0] + more
+      )
+  if found.odd:
+    yield Finding(
+      f"{name}, images of odd size",
+      _first(found.odd),
+      "warning",
+      f"look at them: they are below {config.model.vision.patch_size} pixels "
+      f"high or wide, or more than {_LONG} times as long as wide",
+    )
+  if found.cut:
+    yield Finding(
+      f"{name}, conversations that are left out",
+      f"some of {_first(found.cut)}",
+      "warning",
+      f"all that do not fit into {config.data.max_text_length} tokens with "
+      "those before them; raise config.data.max_text_length",
+    )
+  if found.empty:
+    yield Finding(
+      f"{name}, records without text",
+      _first(found.empty),
+      "warning",
+      "config.data.skip_answers leaves out all that they have; remove them",
+    )
+  if found.repeated:
+    often = max(found.repeated, key=found.repeated.__getitem__)
+    yield Finding(
+      f"{name}, repeated ids",
+      f"{len(found.repeated):,}, {often} {found.repeated[often]:,} times",
+      "warning",
+      "harmless in training; other ids would tell the records apart in errors",
+    )
+  good = found.records - len(found.refused)
+  yield Finding(
+    f"{name}, records",
+    f"{good:,} of {found.records:,} can be trained on (images of "
+    f"{found.decoded:,} decoded)",
+    status if found.refused else "OK",
+    ""
+    if not found.refused
+    else "training stops at the first other one; correct them, or set "
+    "config.data.on_bad_record=skip to leave them out"
+    if status == "error"
+    else "training leaves out the others",
+  )
+  if found.lengths:
+    lengths = np.array(found.lengths)
+    yield Finding(
+      f"{name}, text",
+      f"{count(len(lengths), 'conversation')} of {lengths.mean():.0f} tokens "
+      f"on average, half within {np.median(lengths):.0f}, 95 % within "
+      f"{np.percentile(lengths, 95):.0f}, the longest {lengths.max()}, a row "
+      f"{config.data.max_text_length}",
+    )
+
+
+def _first(messages: list[str]) -> str:
+  return f"{len(messages):,}, the first: {messages[0]}"
+
+
+def histogram(lengths: list[int], limit: int) -> Iterator[str]:
+  """Lines of text: how many conversations have how many tokens.
+
+  The last bin holds the longest hundredth, so that it does not squeeze the
+  others. `limit` is marked.
+  """
+  if not lengths:
+    return
+  values = np.array(lengths)
+  width = max(1, math.ceil(np.percentile(values, 99) / _BINS))
+  counts = np.bincount(np.minimum(values // width, _BINS))
+  for i, number in enumerate(counts):
+    start, stop = i * width, (i + 1) * width
+    last = i == _BINS
+    label = f"{start:,} and more" if last else f"{start:,} to {stop - 1:,}"
+    bar = "#" * math.ceil(_BAR * number / counts.max())
+    inside = start <= limit and (last or limit < stop)
+    mark = f"  <- a row ends at {limit:,}" if inside else ""
+    yield f"  {label:>17} {bar:<{_BAR}} {number:,}{mark}"
+
+
+def plot(surveys: Mapping[Config, Survey], path: pathlib.Path) -> None:
+  """Draws the lengths of conversations as a PNG file, a panel a data set."""
+  figure = plots.new_figure(0.6 + 3.0 * len(surveys))
+  panels = figure.subplots(len(surveys), squeeze=False)[:, 0]
+  for axes, (config, found) in zip(panels, surveys.items(), strict=True):
+    limit, lengths = config.data.max_text_length, np.array(found.lengths)
+    axes.hist(lengths, bins=60, color=plots.BLUE)
+    axes.axvline(limit, color=plots.RED)
+    if found.lengths:
+      axes.set_yscale("log")
+    axes.set_ylabel("conversations")
+    axes.set_title(
+      f"phase {config.name}: {count(len(lengths), 'conversation')}; a row has "
+      f"{limit:,} tokens (red), {int((lengths > limit).sum()):,} are longer",
+      parse_math=False,
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+  panels[-1].set_xlabel("tokens of a conversation")
+  figure.savefig(path)
