@@ -20,17 +20,24 @@ _BITS = {
   "s32": 32, "u32": 32, "f32": 32,
   "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128,
 }  # fmt: skip
-_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{[^}]*?(?:S\((\d+)\))?\})?")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"%([\w.\-]+)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """One array; a tuple is several of them."""
+  """One array; a tuple is several of them.
+
+  Attributes:
+    dtype: as HLO names it.
+    dims: its dimensions.
+    space: memory in which it lies; 0 is the device's main memory, HBM.
+  """
 
   dtype: str
   dims: tuple[int, ...]
+  space: int = 0
 
   @property
   def size(self) -> int:
@@ -147,8 +154,7 @@ class Module:
       """A constant, or an element that the loop passes on as it found it."""
       if value.element is None:
         return value.offset
-      passed = self._linear(body, body.result.operands[value.element])
-      if passed != _Linear(value.element, 0):
+      if not self.passes_on(body, value.element):
         return None
       found = self._linear(where, start.operands[value.element])
       if found is None or found.element is not None:
@@ -178,6 +184,11 @@ class Module:
       return None
     distance = limit - counter.offset - first.offset + (direction == "LE")
     return max(0, -(-distance // step.offset))
+
+  def passes_on(self, body: Computation, element: int) -> bool:
+    """Whether the body of a loop leaves an element of its tuple as it was."""
+    result = body.result.operands[element]
+    return self._linear(body, result) == _Linear(element, 0)
 
   def _comparison(self, test: Computation):
     """Both sides and the direction of a loop's condition."""
@@ -277,8 +288,8 @@ def _instruction(line: str) -> Instruction:
   return Instruction(
     left.split()[-1].lstrip("%"),
     tuple(
-      Shape(dtype, tuple(int(d) for d in dims.split(",") if d))
-      for dtype, dims in _SHAPE.findall(kind)
+      Shape(dtype, tuple(int(d) for d in dims.split(",") if d), int(space or 0))
+      for dtype, dims, space in _SHAPE.findall(kind)
     ),
     rest[:start],
     tuple(_NAME.findall(literal)),

@@ -4,13 +4,12 @@ import collections
 import dataclasses
 import re
 import time
-from collections.abc import Callable
 
 import jax
 
-from vocojax.ahead import work
+from vocojax.ahead import hlo, memory, work
 from vocojax.ahead.programs import Program
-from vocojax.ahead.topology import GIB, Chip
+from vocojax.ahead.topology import Chip
 from vocojax.errors import UserError
 
 
@@ -28,8 +27,9 @@ class Measurement:
     argument_bytes: as laid out on the chip, padding included.
     temporary_bytes: beside arguments and outputs, all at once.
     moved_bytes: arguments and outputs, each read or written once.
+    carried_bytes: of arrays in it that are known, by use; see memory.py.
     work: what it executes.
-    text: the compiled program.
+    module: the compiled program.
     compile_seconds: time that it took.
   """
 
@@ -38,9 +38,17 @@ class Measurement:
   argument_bytes: int
   temporary_bytes: int
   moved_bytes: int
+  carried_bytes: dict[str, int]
   work: work.Work
-  text: str
+  module: hlo.Module
   compile_seconds: float
+
+  @property
+  def bytes_by_use(self) -> dict[str, int]:
+    """What makes up the peak."""
+    known = {**self.program.argument_bytes, **self.carried_bytes}
+    rest = self.peak_bytes - sum(known.values())
+    return known | {memory.OTHER: max(0, rest)}
 
   def seconds(self, chip: Chip) -> dict[str, float]:
     """Least time of one call by each resource: the roofline."""
@@ -53,18 +61,18 @@ class Measurement:
 
   def as_json(self, chip: Chip) -> dict:
     """The figures, for a file."""
+    columns = ("kind", "dtype", "in_loop", "times", "bytes")
     return {
       "program": self.program.name,
       "peak_bytes": self.peak_bytes,
       "argument_bytes": self.argument_bytes,
-      "argument_bytes_by_use": self.program.argument_bytes,
+      "bytes_by_use": self.bytes_by_use,
       "temporary_bytes": self.temporary_bytes,
       "tokens": self.program.num_tokens,
       "ideal_flops": self.program.ideal_flops,
       "executed_flops": self.work.flops,
       "collectives": [
-        dict(zip(("kind", "dtype", "in_loop", "times", "bytes"), row, strict=True))
-        for row in table(self.work)
+        dict(zip(columns, row, strict=True)) for row in table(self.work)
       ],
       "kernels": dict(self.work.kernels),
       "unknown_loops": list(self.work.unknown_loops),
@@ -99,16 +107,21 @@ def compile_program(program: Program) -> Measurement:
       raise
     raise DoesNotFitError(_needed(str(e))) from e
   seconds = time.perf_counter() - started
-  memory = compiled.memory_analysis()
-  text = compiled.as_text()
+  sizes = compiled.memory_analysis()
+  module = hlo.parse(compiled.as_text())
   return Measurement(
     program,
-    memory.peak_memory_in_bytes,
-    memory.argument_size_in_bytes,
-    memory.temp_size_in_bytes,
-    memory.argument_size_in_bytes + memory.output_size_in_bytes,
-    work.count(text),
-    text,
+    sizes.peak_memory_in_bytes,
+    sizes.argument_size_in_bytes,
+    sizes.temp_size_in_bytes,
+    sizes.argument_size_in_bytes + sizes.output_size_in_bytes,
+    memory.carried(
+      module,
+      program.num_layers,
+      program.arguments.get("trained parameters", {}),
+    ),
+    work.count(module),
+    module,
     seconds,
   )
 

@@ -42,6 +42,7 @@ class Program:
   Attributes:
     name: of the program.
     arguments: what it holds, by use: trees of shapes with shardings.
+    num_layers: of the language model.
     num_tokens: tokens that all its devices read in one call, image streams
       included.
     ideal_flops: of the language model for these tokens on one device: 6 times
@@ -51,6 +52,7 @@ class Program:
 
   name: str
   arguments: dict[str, Any]
+  num_layers: int
   num_tokens: int
   ideal_flops: float
   lower: Callable[[], jax.stages.Lowered]
@@ -125,6 +127,7 @@ def train(config: Config, mesh: Mesh) -> list[Program]:
         "optimiser state": (abstract.step, abstract.opt_state),
         "batch": batch,
       },
+      config.model.llm.num_hidden_layers,
       tokens,
       6 * _num_parameters(abstract.params["llm"]) * tokens / mesh.size,
       lambda: step.lower(abstract, batch),
@@ -199,6 +202,7 @@ def serve(config: Config, mesh: Mesh) -> list[Program]:
     Program(
       name,
       {"parameters": params, **uses},
+      c.num_hidden_layers,
       count,
       2 * num_parameters * count / mesh.size,
       lower(program, uses),
@@ -219,7 +223,5 @@ def _unstack(stacked) -> list:
     to = NamedSharding(x.sharding.mesh, spec)
     return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=to)
 
-  num_layers = len(
-    jax.eval_shape(layers.unstack, stacked)
-  )
+  num_layers = len(jax.eval_shape(layers.unstack, stacked))
   return [jax.tree.map(one, stacked)] * num_layers

@@ -48,18 +48,17 @@ class Collective:
 
   @property
   def nbytes(self) -> int:
-    """Of its results on one device, in all executions."""
-    return self.times * sum(shape.nbytes for shape in self.shapes)
+    """Of the whole arrays, as a group has them together, in all executions."""
+    size = self.times * sum(shape.nbytes for shape in self.shapes)
+    return size * self.group if self.kind == "reduce-scatter" else size
 
   @property
   def nbytes_received(self) -> float:
     """What one device receives at least, in all executions."""
-    others = (self.group - 1) / self.group
-    return self.nbytes * {
-      "all-gather": others,
-      "all-reduce": 2 * others,
-      "reduce-scatter": self.group - 1,
-    }.get(self.kind, others if "all-to-all" in self.kind else 1)
+    if self.kind == "collective-permute":
+      return self.nbytes
+    ways = 2 if self.kind == "all-reduce" else 1
+    return ways * self.nbytes * (self.group - 1) / self.group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,20 +101,17 @@ class Work:
     )
 
 
-def count(text: str) -> Work:
-  """Work of a program from `jax.stages.Compiled.as_text()`."""
-  return Counter(hlo.parse(text)).of_program()
+def count(module: hlo.Module) -> Work:
+  """Work of a whole program."""
+  return _Counter(module).of(module.entry)
 
 
-class Counter:
+class _Counter:
   """Counts the work of computations, each once."""
 
   def __init__(self, module: hlo.Module):
     self._module = module
-    self._of = functools.cache(self._count)
-
-  def of_program(self) -> Work:
-    return self._of(self._module.entry)
+    self.of = functools.cache(self._count)
 
   def _count(self, name: str) -> Work:
     where = self._module.computations[name]
@@ -140,13 +136,13 @@ class Counter:
         return self._loop(where, x)
       case "conditional":
         # Which one runs is not known; the one with most work is.
-        return max(map(self._of, x.branches), key=lambda work: work.flops)
+        return max(map(self.of, x.branches), key=lambda work: work.flops)
       case "call":
-        return self._of(x.called("to_apply"))
+        return self.of(x.called("to_apply"))
       case "fusion":
         return self._fusion(x)
       case "async-start":
-        return self._of(x.called("calls"))
+        return self.of(x.called("calls"))
       case "custom-call":
         if 'custom_call_target="tpu_custom_call"' in x.attributes:
           kernel = re.sub(r"\.\d+$", "", x.name)
@@ -158,7 +154,7 @@ class Counter:
 
   def _loop(self, where: hlo.Computation, x: hlo.Instruction) -> Work:
     times = self._module.trip_count(where, x)
-    body = self._of(x.called("body"))
+    body = self.of(x.called("body"))
     depth = 0 if "windowed_dot_general" in x.called("body") else 1
     if times is not None:
       return body.repeat(times, depth)
@@ -166,7 +162,7 @@ class Counter:
 
   def _fusion(self, x: hlo.Instruction) -> Work:
     name = x.called("calls")
-    work = self._of(name)
+    work = self.of(name)
     if "all-reduce-scatter" not in name:
       return work
     scattered = tuple(

@@ -1,0 +1,57 @@
+"""What the memory of a chip is used for. Read next: measure.py.
+
+What a program is called with is known exactly. The TPU compiler does not tell
+what it puts where, but the loop of the backward pass carries what is saved and
+what is summed up, and its arrays are in the program's text.
+"""
+
+import jax
+
+from vocojax.ahead import hlo
+
+GRADIENTS = "gradients of the layers"
+SAVED = "activations saved for the backward pass"
+COPIES = "copies of layers' parameters"
+OTHER = "other temporaries"
+
+
+def carried(module: hlo.Module, num_layers: int, params) -> dict[str, int]:
+  """Bytes of stacked arrays that the largest loop over layers carries, by use.
+
+  Args:
+    module: the program of one device.
+    num_layers: length of that loop.
+    params: trained parameters, shapes with shardings.
+  """
+  slices = {
+    tuple(sorted(x.sharding.shard_shape(x.shape)[1:]))
+    for x in jax.tree.leaves(params)
+    if x.ndim > 1 and x.shape[0] == num_layers
+  }
+  entry = module.computations[module.entry]
+  found: dict[str, int] = {}
+  for loop in entry.instructions.values():
+    if loop.opcode != "while" or module.trip_count(entry, loop) != num_layers:
+      continue
+    uses = _uses(module, entry, loop, num_layers, slices)
+    found = max(found, uses, key=lambda uses: sum(uses.values()))
+  return found
+
+
+def _uses(module, entry, loop, num_layers: int, slices) -> dict[str, int]:
+  body = module.computations[loop.called("body")]
+  start = entry.operand(loop, 0)
+  uses = dict.fromkeys((GRADIENTS, SAVED, COPIES), 0)
+  for i, shape in enumerate(loop.shapes):
+    first = entry.instructions[start.operands[i]]
+    is_argument = first.opcode == "parameter"
+    if shape.dims[:1] != (num_layers,) or shape.space or is_argument:
+      continue
+    like_params = tuple(sorted(shape.dims[1:])) in slices
+    if not like_params:
+      uses[SAVED] += shape.nbytes
+    elif module.passes_on(body, i):
+      uses[COPIES] += shape.nbytes
+    else:
+      uses[GRADIENTS] += shape.nbytes
+  return uses
