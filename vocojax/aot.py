@@ -117,8 +117,12 @@ def _describe(m: Measurement, chip: topology.Chip) -> str:
     f"{m.work.flops / m.program.ideal_flops:.2f} x the ideal "
     f"{m.program.ideal_flops / 1e12:.2f}"
   )
-  for kernel, times in m.work.kernels.items():
-    lines.append(f"    {times:8} x  kernel {kernel}, not among these")
+  if m.work.kernels:
+    names = ", ".join(f"{n} x {k}" for k, n in m.work.kernels.items())
+    lines.append(
+      f"  kernels, not among these: {names}, estimated at "
+      f"{m.work.kernel_flops / 1e12:.2f} TFLOP"
+    )
   for loop in m.work.unknown_loops:
     lines.append(f"    loop {loop} of unknown length counted as one turn")
   lines.append("  collectives, whole arrays:")

@@ -54,7 +54,7 @@ class Measurement:
     """Least time of one call by each resource: the roofline."""
     received = sum(c.nbytes_received for c in self.work.collectives)
     return {
-      "matrix units": self.work.flops / chip.flops,
+      "matrix units": (self.work.flops + self.work.kernel_flops) / chip.flops,
       "HBM": self.moved_bytes / chip.hbm_bandwidth,
       "ICI": received / chip.ici_bandwidth,
     }
@@ -71,6 +71,7 @@ class Measurement:
       "tokens": self.program.num_tokens,
       "ideal_flops": self.program.ideal_flops,
       "executed_flops": self.work.flops,
+      "kernel_flops": self.work.kernel_flops,
       "collectives": [
         dict(zip(columns, row, strict=True)) for row in table(self.work)
       ],

@@ -36,7 +36,6 @@ class Collective:
     times: how often it is executed in a step.
     depth: loops around it. The loop of a collective matmul, which sends one
       piece of an operand a turn, is not counted.
-    channel: equal in the instructions that one collective is cut into.
   """
 
   kind: str
@@ -44,7 +43,6 @@ class Collective:
   group: int
   times: int
   depth: int
-  channel: str | None
 
   @property
   def nbytes(self) -> int:
@@ -53,12 +51,12 @@ class Collective:
     return size * self.group if self.kind == "reduce-scatter" else size
 
   @property
-  def nbytes_received(self) -> float:
+  def nbytes_received(self) -> int:
     """What one device receives at least, in all executions."""
     if self.kind == "collective-permute":
       return self.nbytes
     ways = 2 if self.kind == "all-reduce" else 1
-    return ways * self.nbytes * (self.group - 1) / self.group
+    return ways * self.nbytes * (self.group - 1) // self.group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +64,17 @@ class Work:
   """Of one device in one execution of a program.
 
   Attributes:
-    flops: of matrix products and convolutions; those inside of Pallas kernels
-      cannot be seen.
+    flops: of matrix products and convolutions that are instructions.
+    kernel_flops: of Pallas kernels, of which some give an estimate; the others
+      count as nothing.
     collectives: as they stand in the program.
-    kernels: executions of Pallas kernels by name.
+    kernels: executions of Pallas kernels by name. The compiler has some of its
+      own, named `name`.
     unknown_loops: names of loops of unknown length, counted as one turn.
   """
 
   flops: int = 0
+  kernel_flops: int = 0
   collectives: tuple[Collective, ...] = ()
   kernels: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter
@@ -83,6 +84,7 @@ class Work:
   def __add__(self, other: "Work") -> "Work":
     return Work(
       self.flops + other.flops,
+      self.kernel_flops + other.kernel_flops,
       self.collectives + other.collectives,
       self.kernels + other.kernels,
       self.unknown_loops + other.unknown_loops,
@@ -92,6 +94,7 @@ class Work:
     """As the body of a loop."""
     return Work(
       self.flops * times,
+      self.kernel_flops * times,
       tuple(
         dataclasses.replace(c, times=c.times * times, depth=c.depth + depth)
         for c in self.collectives
@@ -115,15 +118,9 @@ class _Counter:
 
   def _count(self, name: str) -> Work:
     where = self._module.computations[name]
-    total, seen = Work(), set()
+    total = Work()
     for x in where.instructions.values():
-      work = self._instruction(where, x)
-      if x.opcode == "fusion":
-        # An asynchronous collective is cut into several fusions.
-        new = [c for c in work.collectives if c.channel not in seen]
-        seen.update(c.channel for c in new)
-        work = dataclasses.replace(work, collectives=tuple(new))
-      total += work
+      total += self._instruction(where, x)
     return total
 
   def _instruction(self, where: hlo.Computation, x: hlo.Instruction) -> Work:
@@ -146,9 +143,13 @@ class _Counter:
       case "custom-call":
         if 'custom_call_target="tpu_custom_call"' in x.attributes:
           kernel = re.sub(r"\.\d+$", "", x.name)
-          return Work(kernels=collections.Counter({kernel: 1}))
+          estimate = re.search(r'"cost_estimate":\{"flops":"(\d+)"', x.backend)
+          return Work(
+            kernel_flops=int(estimate[1]) if estimate else 0,
+            kernels=collections.Counter({kernel: 1}),
+          )
     kind = x.opcode.removesuffix("-start")
-    if kind in _COLLECTIVES:
+    if kind in _COLLECTIVES and not _goes_on(where, x):
       return Work(collectives=(_collective(kind, x),))
     return Work()
 
@@ -172,14 +173,24 @@ class _Counter:
     return dataclasses.replace(work, collectives=scattered)
 
 
+def _goes_on(where: hlo.Computation, x: hlo.Instruction) -> bool:
+  """Whether this is a later piece of a collective that has been started.
+
+  While an asynchronous collective is under way, it stands in fusions with what
+  is computed in the meantime, also within loops.
+  """
+  return "async_collective_fusion_config" in x.backend and not any(
+    x.name in user.operands and '"AsyncCollectiveStart"' in user.attributes
+    for user in where.instructions.values()
+  )
+
+
 def _collective(kind: str, x: hlo.Instruction) -> Collective:
   shapes = x.shapes
   if x.opcode.endswith("-start") and kind != "all-reduce":
     # (operands, results, what the platform needs to wait)
     shapes = shapes[len(x.operands) : 2 * len(x.operands)]
-  return Collective(
-    kind, shapes, _group_size(x), 1, 0, x.attribute(r"channel_id=(\d+)")
-  )
+  return Collective(kind, shapes, _group_size(x), 1, 0)
 
 
 def _group_size(x: hlo.Instruction) -> int:
