@@ -3,19 +3,20 @@
 The whole 7B step is in test_7b_step.py. Read next: vocojax/aot.py.
 """
 
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 
-import jax
 import numpy as np
+import PIL.Image
 import pytest
-from tests import runs
 
+from tests import runs
 from vocojax.ahead import hlo, measure, programs, search, work
 from vocojax.config import load_module, phases
-from vocojax.data import pipeline
+from vocojax.data import pipeline, prompt
 from vocojax.data.sources import make_source
 from vocojax.data.tokenizer import load_tokenizer
 
@@ -130,5 +131,187 @@ def test_operations_by_hand(trained):
   executed = program["executed_flops"]
   # The text of the last layer needs of its image stream only keys and values.
   spared = 3 * 2 * ROWS * A * (2 * D * D + 3 * D * M)
-  print(executed, products, attention, spared)
   assert products - spared <= executed <= products + attention
+
+
+def test_printed(trained):
+  out, program = trained
+  lines = out.splitlines()
+  assert lines[0] == (
+    "voco on v5e:2x2: 4 chips as data 1 x fsdp 4 x tensor 1, 2 samples a chip"
+  )
+  assert lines[1].startswith("train step, compiled in ")
+  peak = program["peak_bytes"] / 2**30
+  assert lines[2].startswith(f"  memory: peak {peak:.2f} GiB of 15.75 a chip ")
+  ratio = program["executed_flops"] / program["ideal_flops"]
+  assert f"matrix products, {ratio:.2f} x the ideal" in out
+  assert "x all-gather bf16 in loops" in out
+  bound = max(program["seconds"].values())
+  assert f"time: at least {1000 * bound:.1f} ms" in out
+
+
+def test_picture(trained, folder):
+  picture = PIL.Image.open(folder / "train.png")
+  assert picture.format == "PNG"
+  assert len(picture.convert("RGB").getcolors(1 << 24)) > 5
+
+
+def test_programs_of_the_engine(aot, folder):
+  path = folder / "serve.json"
+  status, out, err = aot("--topology=v5e:2x2", "--what=serve", f"--json={path}")
+  assert status == 0, err
+  compress, prefill, decode = json.loads(path.read_text())["programs"]
+  assert compress["program"] == "compress"
+  assert prefill["program"] == "prefill"
+  assert decode["program"] == "decode"
+  for program in (compress, prefill, decode):
+    assert f"{program['program']}, compiled in " in out
+  slots, room = 4, 1 + T + 16  # a VoCo token, text, 16 new tokens
+  # Keys and values of one of the four slots, in bfloat16.
+  assert decode["bytes_by_use"]["cache"] == 2 * L * room * D * 2
+  assert decode["tokens"] == slots
+  assert prefill["tokens"] == T + 16  # one prompt
+  assert compress["tokens"] == slots * A
+
+
+@pytest.mark.parametrize(
+  ("topology", "found"),
+  [
+    ("v9:2x2", "v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:4x4"),
+    ("v5e", "v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:4x4"),
+    ("v5p:4x4", "v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:4x4"),
+    ("v5e:3x3", "is not divisible"),
+  ],
+)
+def test_unknown_topology(aot, topology, found):
+  status, out, err = aot(f"--topology={topology}")
+  assert (status, out) == (2, "")
+  assert err.startswith(f"error: --topology={topology}: ")
+  assert found in err
+  assert err.count("\n") == 1, err
+
+
+def test_batch_that_the_mesh_does_not_divide(aot):
+  status, _, err = aot("--topology=v5e:4x4")
+  assert status == 2
+  assert "config.data.batch_size: 8 is not a multiple of 16" in err
+
+
+def test_too_big_a_model_says_what_to_change(aot):
+  status, _, err = aot(
+    "--topology=v5e:2x2",
+    "--config.model.llm.vocab_size=4000000",
+    "--config.model.llm.hidden_size=4096",
+  )
+  assert status == 1
+  [line] = err.splitlines()
+  assert line.startswith("error: does not fit: train step: ")
+  assert "a topology with more chips" in line
+  assert "config.model.param_dtype=bfloat16" in line
+
+
+def test_too_big_a_batch_says_what_to_change(aot):
+  status, _, err = aot(
+    "--topology=v5e:2x2",
+    "--samples_per_chip=40000",
+    "--config.model.remat=dots",
+  )
+  assert status == 1
+  [line] = err.splitlines()
+  assert "lower --samples_per_chip" in line
+  assert "config.model.remat=full (now dots)" in line
+
+
+def test_without_the_compiler(folder):
+  """Where libtpu isn't installed: a Python that does not see it."""
+  hide = "import sys; sys.modules['libtpu'] = None; "
+  start = "from vocojax import aot, cli; cli.run(aot.main, aot.__doc__)"
+  done = subprocess.run(
+    [
+      sys.executable,
+      "-c",
+      hide + start,
+      f"--config={folder / 'tiny.py'}",
+      "--topology=v5e:2x2",
+    ],
+    capture_output=True,
+    text=True,
+    cwd=runs.ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+  )
+  [needed] = [
+    r.partition(";")[0]
+    for r in importlib.metadata.requires("jax")
+    if r.startswith("libtpu")
+  ]
+  assert done.returncode == 2
+  assert done.stderr == (
+    "error: --topology: the TPU compiler is not installed; run pip install "
+    f'"{needed}"\n'
+  )
+
+
+def measurement(peak: int) -> measure.Measurement:
+  program = programs.Program("step", {}, L, 1, 1.0, lambda: None)
+  module = hlo.Module({}, "")
+  return measure.Measurement(
+    program, peak, 0, 0, 0, {}, work.Work(), module, 0.0
+  )
+
+
+@pytest.mark.parametrize("start", [1, 2, 17, 18, 40])
+@pytest.mark.parametrize("bend", [0, 0.05])
+def test_search_ends_at_the_limit_with_few_compilations(start, bend):
+  """Memory as of a 7B: 8 GiB and half of one a sample, 17 fit."""
+  tried = []
+
+  def peak(samples):
+    return int((8 + 0.45 * samples - bend * (samples > 9)) * 2**30)
+
+  def compile_with(samples):
+    tried.append(samples)
+    if peak(samples) > 15.75 * 2**30:
+      raise measure.DoesNotFitError("Used 17G of 15.75G hbm")
+    return measurement(peak(samples))
+
+  fits = peak(start) <= 15.75 * 2**30
+  first = measurement(peak(start)) if fits else None
+  lines = []
+  best, found = search.largest(
+    compile_with, first, start, 15.75 * 2**30, lines.append
+  )
+  assert best == 17
+  assert found.peak_bytes == peak(17)
+  assert len(lines) == len(tried) == len(set(tried)) <= 6
+
+
+def test_search_finds_that_nothing_fits():
+  def compile_with(samples):
+    raise measure.DoesNotFitError("Used 17G of 15.75G hbm")
+
+  found = search.largest(compile_with, None, 1, 2.0**30, lambda line: None)
+  assert found is None
+
+
+def test_batch_is_that_of_the_pipeline(tmp_path):
+  runs.write_data(tmp_path)
+  path = runs.write_config(tmp_path, "one.py", runs.ONE_PHASE)
+  (config,) = phases(load_module(str(path)))
+  words = load_tokenizer(config.data.tokenizer)
+  encoder = pipeline.Encoder(
+    words, config.prompt, config.data, config.model.vision.image_size
+  )
+  source = make_source(config.data, config.data.train_split)
+  row = encoder(source[0], np.random.default_rng(0))
+  batch = programs.abstract_batch(config, runs.mesh())
+  assert {k: (x.shape, x.dtype) for k, x in batch.items()} == {
+    k: ((config.data.batch_size, *x.shape), x.dtype) for k, x in row.items()
+  }
+
+
+def test_stream_lengths_are_those_of_llamas_tokenizer(llama_tokenizer_folder):
+  words = load_tokenizer(str(llama_tokenizer_folder))
+  for name, lengths in programs.STREAM_LENGTHS.items():
+    before, after = prompt.stream_ids(prompt.LAYOUTS[name], words)
+    assert (len(before), len(after)) == lengths, name
+  assert programs.STREAM_LENGTHS.keys() == prompt.LAYOUTS.keys()

@@ -128,8 +128,8 @@ def compile_program(program: Program) -> Measurement:
 
 
 def _needed(message: str) -> str:
-  """The compiler's own words about how much it lacks."""
-  first = " ".join(message.split())
-  if found := re.search(r"Used [\d.]+\w of [\d.]+\w hbm", first):
+  """How much it lacks, in the compiler's words."""
+  message = " ".join(message.split()).removeprefix("RESOURCE_EXHAUSTED: ")
+  if found := re.search(r"Used [\d.]+\w of [\d.]+\w hbm", message):
     return found[0]
-  return first[:200]
+  return message.rstrip(".")[:200]

@@ -52,16 +52,12 @@ def _next(
   fits: dict[int, Measurement], too_many: int | None, capacity: float
 ) -> int:
   """What to try next: more than fits, less than does not."""
-  if not fits:
-    assert too_many is not None
-    return too_many // 2
-  best = max(fits)
-  guess = 2 * best
-  if len(fits) > 1:
-    before = max(n for n in fits if n != best)
-    peak = fits[best].peak_bytes
-    slope = (peak - fits[before].peak_bytes) / (best - before)
-    if slope > 0:
-      guess = best + int((capacity - peak) / slope)
+  best = max(fits, default=0)
+  if len(fits) < 2:
+    return 2 * best if too_many is None else (best + too_many) // 2
+  before = max(n for n in fits if n != best)
+  peak = fits[best].peak_bytes
+  slope = (peak - fits[before].peak_bytes) / (best - before)
+  guess = best + int((capacity - peak) / slope) if slope > 0 else 2 * best
   guess = max(guess, best + 1)
   return guess if too_many is None else min(guess, too_many - 1)

@@ -65,7 +65,9 @@ def describe(name: str) -> tuple[Chip, list]:
     UserError: there is no such topology, or no TPU compiler.
   """
   generation, _, layout = name.partition(":")
-  if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", layout):
+  chip = CHIPS.get(generation)
+  directions = chip.example.count("x") if chip else 0
+  if not chip or not re.fullmatch(rf"\d+(x\d+){{{directions}}}", layout):
     examples = ", ".join(chip.example for chip in CHIPS.values())
     raise UserError(
       f"--topology={name}: unknown, expected a chip and how many there are in "
@@ -82,7 +84,6 @@ def describe(name: str) -> tuple[Chip, list]:
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   # Several may compile at once: none of them opens a chip.
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-  chip = CHIPS[generation]
   options = dict(chip.options)
   if set(layout.split("x")) == {"1"}:
     options["chips_per_host_bounds"] = (1, 1, 1)
