@@ -13,6 +13,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+from typing import Any
 
 import jax
 from absl import flags
@@ -76,7 +77,7 @@ def main() -> int:
       except DoesNotFitError as e:
         failed = f"{program.name}: {e}; {_remedy(program, config, chip)}"
         print(f"error: does not fit: {failed}", file=sys.stderr)
-    report = {"title": title, "does_not_fit": failed}
+    report: dict[str, Any] = {"title": title, "does_not_fit": failed}
     if _MAX_BATCH.value:
       report |= _search(config, mesh, chip, None if failed else measured[0])
   report["programs"] = [m.as_json(chip) for m in measured]

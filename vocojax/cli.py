@@ -17,6 +17,7 @@ import functools
 import glob
 import importlib.util
 import operator
+import os
 import pathlib
 import re
 import sys
@@ -84,7 +85,10 @@ def _skip_absent_tpu() -> None:
 
   The tests install libtpu on machines without one, for vocojax.aot.
   """
-  if jax.config.jax_platforms or importlib.util.find_spec("libtpu") is None:
+  if (
+    os.environ.get("JAX_PLATFORMS")
+    or importlib.util.find_spec("libtpu") is None
+  ):
     return
   if not any(glob.glob(pattern) for pattern in _ACCELERATORS):
     jax.config.update("jax_platforms", "cpu")

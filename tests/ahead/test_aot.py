@@ -5,8 +5,7 @@ The whole 7B step is in test_7b_step.py. Read next: vocojax/aot.py.
 
 import importlib.metadata
 import json
-import os
-import subprocess
+import re
 import sys
 
 import numpy as np
@@ -14,11 +13,12 @@ import PIL.Image
 import pytest
 
 from tests import runs
-from vocojax.ahead import hlo, measure, programs, search, work
+from vocojax.ahead import hlo, measure, programs, search, topology, work
 from vocojax.config import load_module, phases
 from vocojax.data import pipeline, prompt
 from vocojax.data.sources import make_source
 from vocojax.data.tokenizer import load_tokenizer
+from vocojax.errors import UserError
 
 CHIPS = 4
 D, M, L, V, ROWS, T = 256, 512, 2, 256, 2, 128  # rows of one chip
@@ -175,7 +175,7 @@ def test_programs_of_the_engine(aot, folder):
 
 
 @pytest.mark.parametrize(
-  ("topology", "found"),
+  ("name", "found"),
   [
     ("v9:2x2", "v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:4x4"),
     ("v5e", "v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:4x4"),
@@ -183,10 +183,10 @@ def test_programs_of_the_engine(aot, folder):
     ("v5e:3x3", "is not divisible"),
   ],
 )
-def test_unknown_topology(aot, topology, found):
-  status, out, err = aot(f"--topology={topology}")
+def test_unknown_topology(aot, name, found):
+  status, out, err = aot(f"--topology={name}")
   assert (status, out) == (2, "")
-  assert err.startswith(f"error: --topology={topology}: ")
+  assert err.startswith(f"error: --topology={name}: ")
   assert found in err
   assert err.count("\n") == 1, err
 
@@ -222,33 +222,18 @@ def test_too_big_a_batch_says_what_to_change(aot):
   assert "config.model.remat=full (now dots)" in line
 
 
-def test_without_the_compiler(folder):
-  """Where libtpu isn't installed: a Python that does not see it."""
-  hide = "import sys; sys.modules['libtpu'] = None; "
-  start = "from vocojax import aot, cli; cli.run(aot.main, aot.__doc__)"
-  done = subprocess.run(
-    [
-      sys.executable,
-      "-c",
-      hide + start,
-      f"--config={folder / 'tiny.py'}",
-      "--topology=v5e:2x2",
-    ],
-    capture_output=True,
-    text=True,
-    cwd=runs.ROOT,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
-  )
+def test_without_the_compiler(monkeypatch):
+  monkeypatch.setitem(sys.modules, "libtpu", None)
   [needed] = [
-    r.partition(";")[0]
-    for r in importlib.metadata.requires("jax")
-    if r.startswith("libtpu")
+    requirement.partition(";")[0]
+    for requirement in importlib.metadata.requires("jax")
+    if requirement.startswith("libtpu")
   ]
-  assert done.returncode == 2
-  assert done.stderr == (
-    "error: --topology: the TPU compiler is not installed; run pip install "
-    f'"{needed}"\n'
+  message = (
+    f'--topology: the TPU compiler is not installed; run pip install "{needed}"'
   )
+  with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+    topology.describe("v5e:2x2")
 
 
 def measurement(peak: int) -> measure.Measurement:

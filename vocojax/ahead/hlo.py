@@ -1,10 +1,9 @@
-"""Reads the text of a compiled program (post-optimisation HLO). Next: work.py.
+"""Reads the text of a compiled program (post-optimisation HLO). Next: loops.py.
 
 Only what is needed to count work is kept: of every instruction its result
-shapes, operation, operands and attributes, and how often a loop runs.
-
-The text's grammar: https://openxla.org/xla/operation_semantics and the printer
-in xla/hlo/ir/hlo_instruction.cc.
+shapes, operation, operands and attributes. What the operations mean:
+https://openxla.org/xla/operation_semantics; how they are printed:
+xla/hlo/ir/hlo_instruction.cc.
 """
 
 import dataclasses
@@ -134,125 +133,6 @@ class Module:
       for shape in instruction.shapes
       if has_both(shape.dims)
     }
-
-  def trip_count(self, where: Computation, loop: Instruction) -> int | None:
-    """How often the body of a `while` in `where` runs; None if unknown.
-
-    XLA writes it down only on some platforms. Else the loop must count: its
-    condition compares an element of the carried tuple with a bound, its body
-    adds a constant to that element, and it starts from a constant.
-    """
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.backend):
-      return int(known[1])
-    body = self.computations[loop.called("body")]
-    test = self.computations[loop.called("condition")]
-    start = where.operand(loop, 0)
-    if start.opcode != "tuple" or body.result.opcode != "tuple":
-      return None
-
-    def initial(value: "_Linear") -> int | None:
-      """A constant, or an element that the loop passes on as it found it."""
-      if value.element is None:
-        return value.offset
-      if not self.passes_on(body, value.element):
-        return None
-      found = self._linear(where, start.operands[value.element])
-      if found is None or found.element is not None:
-        return None
-      return found.offset + value.offset
-
-    compared = self._comparison(test)
-    if compared is None:
-      return None
-    counter, bound, direction = compared
-    if counter.element is None:
-      counter, bound = bound, counter
-      direction = {"GT": "LT", "GE": "LE"}.get(direction, "")
-    if counter.element is None or direction not in ("LT", "LE", "NE"):
-      return None
-    step = self._linear(body, body.result.operands[counter.element])
-    first = self._linear(where, start.operands[counter.element])
-    limit = initial(bound)
-    if (
-      step is None
-      or first is None
-      or limit is None
-      or step.element != counter.element
-      or step.offset <= 0
-      or first.element is not None
-    ):
-      return None
-    distance = limit - counter.offset - first.offset + (direction == "LE")
-    return max(0, -(-distance // step.offset))
-
-  def passes_on(self, body: Computation, element: int) -> bool:
-    """Whether the body of a loop leaves an element of its tuple as it was."""
-    result = body.result.operands[element]
-    return self._linear(body, result) == _Linear(element, 0)
-
-  def _comparison(self, test: Computation):
-    """Both sides and the direction of a loop's condition."""
-    result, where, arguments = test.result, test, None
-    if result.opcode == "fusion":
-      arguments = [self._linear(test, name) for name in result.operands]
-      where = self.computations[result.called("calls")]
-      result = where.result
-    if result.opcode != "compare":
-      return None
-    sides = [self._linear(where, name, arguments) for name in result.operands]
-    if None in sides:
-      return None
-    return *sides, result.attribute(r"direction=(\w+)")
-
-  def _linear(
-    self,
-    where: Computation,
-    name: str,
-    arguments: "list[_Linear | None] | None" = None,
-  ) -> "_Linear | None":
-    """An integer as element of the computation's tuple plus a constant."""
-    x = where.instructions[name]
-
-    def operand(i: int) -> "_Linear | None":
-      return self._linear(where, x.operands[i], arguments)
-
-    match x.opcode:
-      case "constant" if re.fullmatch(r"-?\d+", x.literal):
-        return _Linear(None, int(x.literal))
-      case "parameter" if arguments is not None:
-        return arguments[int(x.literal)]
-      case "copy" | "bitcast" | "convert":
-        return operand(0)
-      case "add":
-        a, b = operand(0), operand(1)
-        if a is None or b is None or (a.element and b.element):
-          return None
-        element = b.element if a.element is None else a.element
-        return _Linear(element, a.offset + b.offset)
-      case "fusion":
-        called = self.computations[x.called("calls")]
-        given = [operand(i) for i in range(len(x.operands))]
-        return self._linear(called, called.root, given)
-      case "get-tuple-element":
-        index = int(x.attribute(r"index=(\d+)") or 0)
-        source = where.operand(x, 0)
-        if source.opcode == "parameter" and arguments is None:
-          return _Linear(index, 0)
-        if source.opcode == "fusion":
-          called = self.computations[source.called("calls")]
-          given = [
-            self._linear(where, name, arguments) for name in source.operands
-          ]
-          return self._linear(called, called.result.operands[index], given)
-    return None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Linear:
-  """`element` of a computation's tuple, if any, plus `offset`."""
-
-  element: int | None
-  offset: int
 
 
 def parse(text: str) -> Module:

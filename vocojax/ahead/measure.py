@@ -108,8 +108,9 @@ def compile_program(program: Program) -> Measurement:
       raise
     raise DoesNotFitError(_needed(str(e))) from e
   seconds = time.perf_counter() - started
-  sizes = compiled.memory_analysis()
-  module = hlo.parse(compiled.as_text())
+  sizes, text = compiled.memory_analysis(), compiled.as_text()
+  assert sizes is not None and text is not None  # a TPU's have both
+  module = hlo.parse(text)
   return Measurement(
     program,
     sizes.peak_memory_in_bytes,

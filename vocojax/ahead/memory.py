@@ -7,7 +7,7 @@ what is summed up, and its arrays are in the program's text.
 
 import jax
 
-from vocojax.ahead import hlo
+from vocojax.ahead import hlo, loops
 
 GRADIENTS = "gradients of the layers"
 SAVED = "activations saved for the backward pass"
@@ -20,7 +20,7 @@ def carried(module: hlo.Module, num_layers: int, params) -> dict[str, int]:
 
   Args:
     module: the program of one device.
-    num_layers: length of that loop.
+    num_layers: of the language model; the last may be outside of the loop.
     params: trained parameters, shapes with shardings.
   """
   slices = {
@@ -31,26 +31,33 @@ def carried(module: hlo.Module, num_layers: int, params) -> dict[str, int]:
   entry = module.computations[module.entry]
   found: dict[str, int] = {}
   for loop in entry.instructions.values():
-    if loop.opcode != "while" or module.trip_count(entry, loop) != num_layers:
+    if loop.opcode != "while":
       continue
-    uses = _uses(module, entry, loop, num_layers, slices)
-    found = max(found, uses, key=lambda uses: sum(uses.values()))
+    turns = loops.trip_count(module, entry, loop)
+    if turns in (num_layers, num_layers - 1):
+      uses = _uses(module, entry, loop, {num_layers, turns}, slices)
+      found = max(found, uses, key=lambda uses: sum(uses.values()))
   return found
 
 
-def _uses(module, entry, loop, num_layers: int, slices) -> dict[str, int]:
+def _uses(
+  module: hlo.Module,
+  entry: hlo.Computation,
+  loop: hlo.Instruction,
+  stacked: set[int],
+  slices: set[tuple[int, ...]],
+) -> dict[str, int]:
   body = module.computations[loop.called("body")]
   start = entry.operand(loop, 0)
   uses = dict.fromkeys((GRADIENTS, SAVED, COPIES), 0)
   for i, shape in enumerate(loop.shapes):
-    first = entry.instructions[start.operands[i]]
-    is_argument = first.opcode == "parameter"
-    if shape.dims[:1] != (num_layers,) or shape.space or is_argument:
+    is_argument = entry.operand(start, i).opcode == "parameter"
+    is_stacked = bool(shape.dims) and shape.dims[0] in stacked
+    if is_argument or not is_stacked or shape.space:
       continue
-    like_params = tuple(sorted(shape.dims[1:])) in slices
-    if not like_params:
+    if tuple(sorted(shape.dims[1:])) not in slices:
       uses[SAVED] += shape.nbytes
-    elif module.passes_on(body, i):
+    elif loops.passes_on(module, body, i):
       uses[COPIES] += shape.nbytes
     else:
       uses[GRADIENTS] += shape.nbytes

@@ -158,7 +158,7 @@ def serve(config: Config, mesh: Mesh) -> list[Program]:
   where = cache_sharding(params["llm"], slots, model)
   programs = Programs(model, where)
 
-  def array(shape, dtype, to=None):
+  def array(shape, dtype, to=None) -> Any:
     return jax.ShapeDtypeStruct(
       shape, dtype, sharding=to or sharding.replicated(mesh)
     )

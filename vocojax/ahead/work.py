@@ -1,4 +1,4 @@
-"""What a compiled program executes, loops multiplied out. Read next: hlo.py.
+"""What a compiled program executes, loops multiplied out. Next: loops.py.
 
 XLA's own cost analysis counts the body of a loop once, which for a scan over 32
 layers is 1/32 of the work.
@@ -12,7 +12,7 @@ import re
 
 import numpy as np
 
-from vocojax.ahead import hlo
+from vocojax.ahead import hlo, loops
 
 _COLLECTIVES = (
   "all-gather",
@@ -154,7 +154,7 @@ class _Counter:
     return Work()
 
   def _loop(self, where: hlo.Computation, x: hlo.Instruction) -> Work:
-    times = self._module.trip_count(where, x)
+    times = loops.trip_count(self._module, where, x)
     body = self.of(x.called("body"))
     depth = 0 if "windowed_dot_general" in x.called("body") else 1
     if times is not None:
