@@ -9,8 +9,8 @@ import functools
 
 import jax
 import pytest
-from tests import runs
 
+from tests import runs
 from vocojax.ahead import measure, programs, topology
 from vocojax.config import load_module, phases
 from vocojax.training import sharding
