@@ -244,29 +244,35 @@ def measurement(peak: int) -> measure.Measurement:
   )
 
 
-@pytest.mark.parametrize("start", [1, 2, 17, 18, 40])
-@pytest.mark.parametrize("bend", [0, 0.05])
-def test_search_ends_at_the_limit_with_few_compilations(start, bend):
-  """Memory as of a 7B: 8 GiB and half of one a sample, 17 fit."""
+@pytest.mark.parametrize(
+  ("start", "bend", "limit"),
+  [
+    *((start, 0.0, 17) for start in (1, 2, 17, 18, 40)),
+    *((start, -0.05, 17) for start in (1, 2, 17, 18, 40)),
+    (19, 0.3, 18),  # the first guess is one too low
+  ],
+)
+def test_search_ends_at_the_limit_with_few_compilations(start, bend, limit):
+  """Memory as of a 7B: 8 GiB and half of one a sample, almost linear."""
   tried = []
+  capacity = (8 + 0.45 * (limit + 0.2) + bend) * 2**30
 
   def peak(samples):
-    return int((8 + 0.45 * samples - bend * (samples > 9)) * 2**30)
+    return int((8 + 0.45 * samples + bend * (samples > 9)) * 2**30)
 
   def compile_with(samples):
     tried.append(samples)
-    if peak(samples) > 15.75 * 2**30:
+    if peak(samples) > capacity:
       raise measure.DoesNotFitError("Used 17G of 15.75G hbm")
     return measurement(peak(samples))
 
-  fits = peak(start) <= 15.75 * 2**30
-  first = measurement(peak(start)) if fits else None
+  first = measurement(peak(start)) if peak(start) <= capacity else None
   lines = []
   best, found = search.largest(
-    compile_with, first, start, 15.75 * 2**30, lines.append
+    compile_with, first, start, capacity, lines.append
   )
-  assert best == 17
-  assert found.peak_bytes == peak(17)
+  assert best == limit
+  assert found.peak_bytes == peak(limit)
   assert len(lines) == len(tried) == len(set(tried)) <= 6
 
 
