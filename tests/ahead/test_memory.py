@@ -13,12 +13,12 @@ def test_saved_activations_and_gradients_of_a_scan():
   _, devices = topology.describe("v5e:2x2")
   mesh = jax.make_mesh((1,), ("x",), (AxisType.Auto,), devices=devices[:1])
   to = NamedSharding(mesh, PartitionSpec())
-  weights = jax.ShapeDtypeStruct((L, D, D), jnp.float32, sharding=to)
+  weights = jax.ShapeDtypeStruct((L, D, D), jnp.bfloat16, sharding=to)
   x = jax.ShapeDtypeStruct((B, D), jnp.bfloat16, sharding=to)
 
   @jax.checkpoint
   def body(x, w):
-    return jnp.sin(x @ w.astype(jnp.bfloat16)), None
+    return jnp.sin(x @ w), None
 
   def loss(weights, x):
     return jnp.sum(jax.lax.scan(body, x, weights)[0].astype(jnp.float32))
@@ -27,7 +27,8 @@ def test_saved_activations_and_gradients_of_a_scan():
   with jax.set_mesh(mesh):
     text = step.lower(weights, x).compile().as_text()
   found = memory.carried(hlo.parse(text), L, {"w": weights})
-  # The input of each layer, and one float32 gradient for each weight.
+  # The input of each layer, and a gradient for each weight. The weights are an
+  # argument, so the loop has no copy of them.
   assert found[memory.SAVED] == L * B * D * 2
-  assert found[memory.GRADIENTS] == L * D * D * 4
-  assert found[memory.COPIES] in (0, L * D * D * 2)
+  assert found[memory.GRADIENTS] == L * D * D * 2
+  assert found[memory.COPIES] == 0
