@@ -80,20 +80,6 @@ def run(
   sys.exit(status)
 
 
-def _skip_absent_tpu() -> None:
-  """Keeps JAX from looking for a TPU, in many words, where there is none.
-
-  The tests install libtpu on machines without one, for vocojax.aot.
-  """
-  if (
-    os.environ.get("JAX_PLATFORMS")
-    or importlib.util.find_spec("libtpu") is None
-  ):
-    return
-  if not any(glob.glob(pattern) for pattern in _ACCELERATORS):
-    jax.config.update("jax_platforms", "cpu")
-
-
 def define_config() -> flags.FlagHolder:
   """Defines `--config=FILE` and `--config.KEY=VALUE`; the file is required.
 
@@ -252,6 +238,20 @@ def _reword(message: str) -> str:
       f"as {value!r}"
     )
   return message.removeprefix("flag ")
+
+
+def _skip_absent_tpu() -> None:
+  """Keeps JAX from looking for a TPU, in many words, where there is none.
+
+  The tests install libtpu on machines without one, for vocojax.aot.
+  """
+  if (
+    os.environ.get("JAX_PLATFORMS")
+    or importlib.util.find_spec("libtpu") is None
+  ):
+    return
+  if not any(glob.glob(pattern) for pattern in _ACCELERATORS):
+    jax.config.update("jax_platforms", "cpu")
 
 
 def _known_configs() -> str:

@@ -34,7 +34,7 @@ def carried(module: hlo.Module, num_layers: int, params) -> dict[str, int]:
     if loop.opcode != "while":
       continue
     turns = loops.trip_count(module, entry, loop)
-    if turns in (num_layers, num_layers - 1):
+    if turns is not None and turns in (num_layers, num_layers - 1):
       uses = _uses(module, entry, loop, {num_layers, turns}, slices)
       found = max(found, uses, key=lambda uses: sum(uses.values()))
   return found
