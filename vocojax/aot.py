@@ -68,18 +68,17 @@ def main() -> int:
     f"{samples:g} {'samples' if _WHAT.value == 'train' else 'slots'} a chip"
   )
   print(title)
-  with jax.set_mesh(mesh):
-    measured, failed = [], ""
-    for program in getattr(programs, _WHAT.value)(config, mesh):
-      try:
-        measured.append(measure.compile_program(program))
-        print(_describe(measured[-1], chip), flush=True)
-      except DoesNotFitError as e:
-        failed = f"{program.name}: {e}; {_remedy(program, config, chip)}"
-        print(f"error: does not fit: {failed}", file=sys.stderr)
-    report: dict[str, Any] = {"title": title, "does_not_fit": failed}
-    if _MAX_BATCH.value:
-      report |= _search(config, mesh, chip, None if failed else measured[0])
+  measured, failed = [], ""
+  for program in getattr(programs, _WHAT.value)(config, mesh):
+    try:
+      measured.append(measure.compile_program(program))
+      print(_describe(measured[-1], chip), flush=True)
+    except DoesNotFitError as e:
+      failed = f"{program.name}: {e}; {_remedy(program, config, chip)}"
+      print(f"error: does not fit: {failed}", file=sys.stderr)
+  report: dict[str, Any] = {"title": title, "does_not_fit": failed}
+  if _MAX_BATCH.value:
+    report |= _search(config, mesh, chip, None if failed else measured[0])
   report["programs"] = [m.as_json(chip) for m in measured]
   if _JSON.value:
     _write(_JSON.value, json.dumps(report, indent=1))

@@ -237,7 +237,7 @@ def test_without_the_compiler(monkeypatch):
 
 
 def measurement(peak: int) -> measure.Measurement:
-  program = programs.Program("step", {}, L, 1, 1.0, lambda: None)
+  program = programs.Program("step", {}, L, 1, 1.0, runs.mesh(), lambda: None)
   module = hlo.Module({}, "")
   return measure.Measurement(
     program, peak, 0, 0, 0, {}, work.Work(), module, 0.0

@@ -94,12 +94,13 @@ def table(counted: work.Work) -> list[tuple[str, str, bool, int, int]]:
 
 
 def compile_program(program: Program) -> Measurement:
-  """Compiles under the mesh in force, which may take minutes.
+  """Compiles, which may take minutes.
 
   Raises:
     DoesNotFitError: the compiler finds no way to fit it into memory.
   """
-  lowered = program.lower()
+  with jax.set_mesh(program.mesh):
+    lowered = program.lower()
   started = time.perf_counter()
   try:
     compiled = lowered.compile()

@@ -47,7 +47,8 @@ class Program:
       included.
     ideal_flops: of the language model for these tokens on one device: 6 times
       parameters times tokens to train, 2 to infer.
-    lower: makes it ready to compile.
+    mesh: of the devices.
+    lower: makes it ready to compile, with the mesh in force.
   """
 
   name: str
@@ -55,6 +56,7 @@ class Program:
   num_layers: int
   num_tokens: int
   ideal_flops: float
+  mesh: Mesh
   lower: Callable[[], jax.stages.Lowered]
 
   @property
@@ -130,6 +132,7 @@ def train(config: Config, mesh: Mesh) -> list[Program]:
       config.model.llm.num_hidden_layers,
       tokens,
       6 * _num_parameters(abstract.params["llm"]) * tokens / mesh.size,
+      mesh,
       lambda: step.lower(abstract, batch),
     )
   ]
@@ -205,6 +208,7 @@ def serve(config: Config, mesh: Mesh) -> list[Program]:
       c.num_hidden_layers,
       count,
       2 * num_parameters * count / mesh.size,
+      mesh,
       lower(program, uses),
     )
     for name, (program, uses, count) in calls.items()
