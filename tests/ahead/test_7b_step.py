@@ -29,6 +29,7 @@ def measured(samples_per_chip: int) -> measure.Measurement:
     config.data,
     batch_size=samples_per_chip * len(devices),
     max_text_length=TEXT,
+    conversations_per_record=1,
   )
   config = dataclasses.replace(config, data=data)
   mesh = sharding.make_mesh(config.mesh, devices)

@@ -42,6 +42,7 @@ def get_config():
     intermediate_size={MLP}, num_hidden_layers={TOWER}, num_attention_heads=2
   )
   c.data.update(batch_size={ROWS * CHIPS}, max_text_length={T})
+  c.data.conversations_per_record = 1
   c.evaluation.batch_size = 4
   c.training.steps = 10
   return c
