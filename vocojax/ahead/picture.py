@@ -19,7 +19,7 @@ def draw(
   Raises:
     UserError: the file cannot be written.
   """
-  figure = new_figure(2.4 + 0.5 * len(measured))
+  figure = new_figure(3.0 + 0.5 * len(measured))
   axes = figure.subplots()
   uses = list(dict.fromkeys(use for m in measured for use in m.bytes_by_use))
   left = np.zeros(len(measured))
@@ -37,9 +37,7 @@ def draw(
   axes.set_xlabel("GiB per chip at the peak; dashed: what a chip has")
   axes.set_title(title)
   axes.invert_yaxis()
-  axes.legend(
-    loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=3, frameon=False
-  )
+  figure.legend(loc="outside lower center", ncols=2, frameon=False)
   try:
     figure.savefig(path)
   except OSError as e:
