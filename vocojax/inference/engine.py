@@ -128,7 +128,7 @@ class Engine:
     params = jax.tree.map(jnp.asarray, params)
     llm = params["llm"] | {"layers": layers.unstack(params["llm"]["layers"])}
     self._params = params | {"llm": llm}
-    self._cache_sharding = _cache_sharding(llm, slots, model)
+    self._cache_sharding = cache_sharding(llm, slots, model)
     self._programs = Programs(model, self._cache_sharding)
     self._positions = functools.cache(
       lambda num_images, k: model.stream_of(k).positions(num_images)
@@ -383,7 +383,7 @@ class Engine:
       yield job.index, result
 
 
-def _cache_sharding(
+def cache_sharding(
   llm_params, slots: int, model: VisionLanguageModel
 ) -> Sharding:
   """Rows over the data and fsdp axes, heads over tensor, where they divide."""

@@ -11,6 +11,7 @@ import time
 import grain
 import jax
 import numpy as np
+import optax
 import tqdm
 import transformers
 from absl import logging
@@ -72,12 +73,59 @@ def run(phase: Phase) -> state.Params:
 
 def abstract_params(model: VisionLanguageModel, mesh: Mesh) -> state.Params:
   """Shapes, dtypes and shardings of the parameters."""
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))
   shardings = sharding.param_shardings(shapes, mesh)
   return jax.tree.map(
     lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to),
     shapes,
     shardings,
+  )
+
+
+def abstract_state(
+  config: Config,
+  model: VisionLanguageModel,
+  mesh: Mesh,
+  optimizer: optax.GradientTransformation,
+) -> TrainState:
+  """Shapes, dtypes and shardings of the training state."""
+  params = abstract_params(model, mesh)
+  shapes = jax.eval_shape(
+    lambda p: step.init_state(p, optimizer, config.optimizer.freeze), params
+  )
+  shardings = TrainState(
+    sharding.replicated(mesh),
+    sharding.param_shardings(params, mesh),
+    sharding.opt_state_shardings(shapes.opt_state, params, mesh),
+  )
+  return jax.tree.map(
+    lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to),
+    shapes,
+    shardings,
+  )
+
+
+def jit_train_step(
+  config: Config,
+  model: VisionLanguageModel,
+  mesh: Mesh,
+  optimizer: optax.GradientTransformation,
+  abstract: TrainState,
+) -> jax.stages.Wrapped:
+  """The step, with everything where it belongs; `abstract_state` laid it."""
+  return jax.jit(
+    step.make_train_step(
+      model, optimizer, config.optimizer.freeze, config.training.accumulate
+    ),
+    in_shardings=(
+      jax.tree.map(lambda s: s.sharding, abstract),
+      sharding.rows(mesh),
+    ),
+    out_shardings=(
+      jax.tree.map(lambda s: s.sharding, abstract),
+      sharding.replicated(mesh),
+    ),
+    donate_argnums=0,
   )
 
 
@@ -129,7 +177,7 @@ def _run(phase: Phase) -> state.Params:
   iterator = iter(_batches(phase))
   checkpoints = checkpoint.Checkpointer(phase.folder, config, phase.tokenizer)
   try:
-    abstract = _abstract_state(phase, optimizer)
+    abstract = abstract_state(config, phase.model, mesh, optimizer)
     if checkpoints.latest is None:
       params = init_params(
         phase.model, mesh, config.seed, config.init_from, freeze
@@ -150,18 +198,7 @@ def _run(phase: Phase) -> state.Params:
           f"{phase.steps}",
           file=sys.stderr,
         )
-    train_step = jax.jit(
-      step.make_train_step(phase.model, optimizer, freeze, training.accumulate),
-      in_shardings=(
-        jax.tree.map(lambda s: s.sharding, abstract),
-        sharding.rows(mesh),
-      ),
-      out_shardings=(
-        jax.tree.map(lambda s: s.sharding, abstract),
-        sharding.replicated(mesh),
-      ),
-      donate_argnums=0,
-    )
+    train_step = jit_train_step(config, phase.model, mesh, optimizer, abstract)
     return _loop(phase, train_step, train_state, iterator, checkpoints, sums)
   finally:
     checkpoints.close()
@@ -185,25 +222,6 @@ def _batches(phase: Phase) -> grain.IterDataset:
     jax.process_index(),
     processes,
     config.data.batch_size // processes,
-  )
-
-
-def _abstract_state(phase: Phase, optimizer) -> TrainState:
-  mesh = phase.mesh
-  params = abstract_params(phase.model, mesh)
-  shapes = jax.eval_shape(
-    lambda p: step.init_state(p, optimizer, phase.config.optimizer.freeze),
-    params,
-  )
-  shardings = TrainState(
-    sharding.replicated(mesh),
-    sharding.param_shardings(params, mesh),
-    sharding.opt_state_shardings(shapes.opt_state, params, mesh),
-  )
-  return jax.tree.map(
-    lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to),
-    shapes,
-    shardings,
   )
 
 

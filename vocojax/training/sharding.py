@@ -6,6 +6,7 @@ the batch), `tensor` (shards within a layer).
 
 import math
 import re
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -52,14 +53,14 @@ RULES = (
 )
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-  """A mesh over all devices.
+def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh:
+  """A mesh over these devices, by default all that there are.
 
   Raises:
     ConfigError: the sizes do not multiply to the number of devices.
   """
   sizes = [getattr(config, axis) for axis in AXES]
-  count = jax.device_count()
+  count = jax.device_count() if devices is None else len(devices)
   known = math.prod(s for s in sizes if s != -1)
   if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
     raise ConfigError(
@@ -73,7 +74,8 @@ def make_mesh(config: MeshConfig) -> Mesh:
       f"config.mesh: {' x '.join(map(str, sizes))} is not the number of "
       f"devices, {count}; set one axis to -1"
     )
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  axis_types = (AxisType.Auto,) * len(AXES)
+  return jax.make_mesh(sizes, AXES, axis_types=axis_types, devices=devices)
 
 
 def spec(path: str) -> PartitionSpec:
