@@ -97,7 +97,7 @@ def test_arguments_to_the_byte(trained):
   )
   # Two moments; the step and the counters of Adam and of the learning rate.
   assert uses["optimiser state"] == 2 * trained_bytes + 3 * 4
-  assert uses["batch"] == ROWS * (IMAGE * IMAGE * 3 + 4 + 4 * T * 4)
+  assert uses["batch"] == ROWS * (IMAGE * IMAGE * 3 + 2 * 4 + 4 * T * 4)
   # The chip keeps these, in tiles of 8 x 128, and little more.
   exact = sum(uses[use] for use in list(uses)[:4])
   assert exact <= program["argument_bytes"] <= 1.05 * exact
@@ -130,8 +130,8 @@ def test_operations_by_hand(trained):
   attention = 6 * 2 * ROWS * squares * D * L
   attention += 2 * 2 * ROWS * (PATCHES + 1) ** 2 * WIDTH * (TOWER - 1)
   executed = program["executed_flops"]
-  # The text of the last layer needs of its image stream only keys and values.
-  spared = 3 * 2 * ROWS * A * (2 * D * D + 3 * D * M)
+  # The last layer makes of an image only the keys and values of its VoCo token.
+  spared = 3 * 2 * ROWS * (A * (4 * D * D + 3 * D * M) - 2 * D * D)
   assert products - spared <= executed <= products + attention
 
 

@@ -86,7 +86,9 @@ class EncoderLayer(nn.Module):
       dense(c.hidden_size, name=name)(y).reshape(*y.shape[:2], H, -1)
       for name in ("q_proj", "k_proj", "v_proj")
     )
-    y = attention.attend(q, k, v, self.model).reshape(x.shape)
+    # Attention has no parameters, and the one row of `init` no mesh to lie on.
+    y = v if self.is_initializing() else attention.attend(q, k, v, self.model)
+    y = y.reshape(x.shape)
     x = x + dense(c.hidden_size, name="out_proj")(y)
     y = norm(name="layer_norm2")(x)
     y = _ACTIVATIONS[c.hidden_act](dense(c.intermediate_size, name="fc1")(y))
