@@ -66,7 +66,7 @@ def test_flash_attention_and_no_square_of_scores():
   layers, tower = 31, 23
   kernels = {k: n for k, n in m.work.kernels.items() if "splash" in k}
   forward = sum(n for k, n in kernels.items() if "fwd" in k)
-  # In a layer both streams, twice with recomputation, and the last layer's text.
+  # In a layer both streams, twice with recomputation; the last layer's text.
   assert forward == tower + 2 * 2 * layers + 1
   for gradient in ("dq", "dkv"):
     found = sum(n for k, n in kernels.items() if gradient in k)
