@@ -137,7 +137,7 @@ class Packer:
         break
       record = self._records[self._next]
       self._next += 1
-      if not isinstance(record, str) and record.length:
+      if isinstance(record, Prepared) and record.length:
         self._waiting[self._next - 1] = record
         continue
       useless += not self._waiting

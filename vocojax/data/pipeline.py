@@ -10,7 +10,7 @@ A row of a batch is one record, or several where `config.data.batching` is
   input_ids          int32 [B,T]
   labels             int32 [B,T]  -100 where not trained, else input_ids
   segment_ids        int32 [B,T]  0: padding; conversations count from 1
-  text_group_ids     int32 [B,T]  the group whose images this token sees; 0: none
+  text_group_ids     int32 [B,T]  the group whose images it sees; 0: none
 
 A group is a record with images; groups of a row count from 1. Several
 conversations (segments) may share a group's images. `image_segment_ids` holds
@@ -22,7 +22,6 @@ array is left out.
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 
 import grain
@@ -63,9 +62,9 @@ class Batch:
       self.arrays[key] for key in ("segment_ids", "image_group_ids")
     )
     return {
-      "text_tokens": np.count_nonzero(text),
+      "text_tokens": int(np.count_nonzero(text)),
       "text_room": text.size,
-      "images": np.count_nonzero(slots),
+      "images": int(np.count_nonzero(slots)),
       "image_room": slots.size,
     }
 
@@ -146,8 +145,11 @@ def rows_per_epoch(
     return len(source)
   count = min(len(source), _SAMPLE)
   prepared = _shuffled(source, seed).random_map(_Prepare(source, encoder))
-  records = [prepared[i] for i in range(count)]
-  records = [x for x in records if not isinstance(x, str) and x.length]
+  records = [
+    x
+    for x in map(prepared.__getitem__, range(count))
+    if isinstance(x, Prepared) and x.length
+  ]
   packer = packing.Packer(records, len(records), data)
   rows = 0
   while not packer.done:
@@ -227,9 +229,8 @@ class _SingleRows:
   So it fits any number of workers.
   """
 
-  start = {"next_record": 0}
-
   def __init__(self, rows: grain.MapDataset, buffer_size: int):
+    self.start = {"next_record": 0}
     self._rows = rows
     self._buffer_size = buffer_size
 

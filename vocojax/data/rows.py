@@ -119,7 +119,7 @@ class Encoder:
   def lay(self, records: Sequence[tuple[Prepared, np.ndarray]]) -> Arrays:
     """The arrays of a row from records that fit in it, and their pixels."""
     data, size = self._data, self._image_size
-    row = {
+    row: Arrays = {
       "images": np.zeros((data.max_images, size, size, 3), np.uint8),
       "image_group_ids": np.zeros(data.max_images, np.int32),
       "input_ids": np.full(
