@@ -106,7 +106,7 @@ class Packer:
 
   @property
   def done(self) -> bool:
-    """Whether an epoch has ended; so it is at the start of one, too."""
+    """Whether the last row was that of an epoch."""
     return not self._waiting and self._next % self._epoch_length == 0
 
   def next_row(self) -> tuple[list[Prepared], list[str]]:

@@ -140,6 +140,9 @@ def rows_per_epoch(
 
   It is exact for a source of 4096 records and less; for others the first 4096
   records that are trained on are packed.
+
+  Raises:
+    DataError: no record is good.
   """
   if data.batching != "pack":
     return len(source)
@@ -150,10 +153,11 @@ def rows_per_epoch(
     for x in map(prepared.__getitem__, range(count))
     if isinstance(x, Prepared) and x.length
   ]
+  if not records:
+    raise DataError(_NOTHING)
   packer = packing.Packer(records, len(records), data)
-  rows = 0
-  while not packer.done:
-    packer.next_row()
+  rows = 1
+  while packer.next_row() and not packer.done:
     rows += 1
   return rows * len(source) / count
 
