@@ -20,7 +20,7 @@ from vocojax.data import prompt, tokenizer
 PARTS = (
   ("LLaVA conversation", 58, True, 4.5, 12, 30),
   ("LLaVA detail", 23, True, 1, 14, 160),
-  ("LLaVA reasoning", 77, True, 1, 18, 180),
+  ("LLaVA reasoning", 77, True, 1, 18, 190),
   ("ShareGPT", 40, False, 3.5, 50, 300),
   ("VQAv2", 83, True, 5.4, 10, 1),
   ("GQA", 72, True, 13, 12, 1),
@@ -29,7 +29,7 @@ PARTS = (
   ("A-OKVQA", 66, True, 1, 60, 1),
   ("TextCaps", 22, True, 1, 80, 18),
   ("RefCOCO", 48, True, 6, 22, 18),
-  ("Visual Genome", 86, True, 11, 20, 16),
+  ("Visual Genome", 86, True, 11, 20, 17),
 )
 _SIGMA = 0.6
 _TURN_TOKENS = 6  # of a turn, besides its words

@@ -10,7 +10,6 @@ import shutil
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
@@ -51,8 +50,7 @@ def _records():
   return records
 
 
-@pytest.mark.parametrize("k", [1, 3])
-def test_packed_equals_unpacked(words, k):
+def test_packed_equals_unpacked(words):
   """Loss of every conversation and gradients of all, to float32 rounding."""
   data = dataclasses.replace(
     PACK,
@@ -61,7 +59,7 @@ def test_packed_equals_unpacked(words, k):
     max_images=4,
     pack_lookahead=14,
   )
-  vlm = builders.model({"compressor.num_voco_tokens": k})
+  vlm = builders.model({"compressor.num_voco_tokens": 3})
   params = builders.init(vlm)
   encoder = rows.Encoder(words, PROMPT, data, 8)
   source = _records()
@@ -148,7 +146,7 @@ def test_a_run_on_packed_rows_goes_on_bit_for_bit(folder):
   (config,) = phases(load_module(str(folder / "pack.py")))
   with runs.quick_compile():
     phase = runs.phase(config, folder / "whole")
-    loop.run(phase)
+    whole = loop.run(phase)
     encoder = phase.encoder
     per_epoch = pipeline.rows_per_epoch(
       phase.source, encoder, config.data, config.seed
@@ -160,16 +158,16 @@ def test_a_run_on_packed_rows_goes_on_bit_for_bit(folder):
       if step.name == "3":
         shutil.copytree(step, folder / "part" / "checkpoints" / "3")
     shutil.copy(folder / "whole" / "metrics.jsonl", folder / "part")
-    loop.run(part)
+    resumed = loop.run(part)
   lines = runs.metrics(folder / "whole")
   assert lines == runs.metrics(folder / "part")
-  arrays = []
+  states = []
   for name in ("whole", "part"):
     last = folder / name / "checkpoints" / str(phase.steps)
-    state = (last / "data").rglob("process_*")
-    arrays.append((read(last / "params"), next(state).read_text()))
-  assert arrays[0][1] == arrays[1][1] and "waiting" in arrays[0][1]
-  for a, b in zip(*map(jax.tree.leaves, (x for x, _ in arrays)), strict=True):
+    (state,) = (last / "data").rglob("process_*")
+    states.append(state.read_text())
+  assert states[0] == states[1] and "waiting" in states[0]
+  for a, b in zip(*map(jax.tree.leaves, (whole, resumed)), strict=True):
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
   # The first line is that of the first two steps.
   dataset = pipeline.train_dataset(
@@ -182,8 +180,3 @@ def test_a_run_on_packed_rows_goes_on_bit_for_bit(folder):
   assert lines[0]["image_fill"] == pytest.approx(images / (4 * 3))
   raw = (folder / "whole" / "metrics.jsonl").read_text().splitlines()[0]
   assert json.loads(raw)["images_per_second"] > 0
-
-
-def read(path):
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-    return reader.restore(path)
