@@ -1,8 +1,10 @@
-"""LLaVA's order of records: batches of like length. Read next: pipeline.py.
+"""LLaVA's order of records, by images and length. Read next: pipeline.py.
 
 What LLaVA and VoCo-LLaMA train with as `group_by_modality_length`
-(llava_trainer.py, commit c121f04), for runs that are compared with theirs. Rows
-keep their fixed length here, so nothing is saved: `packing.py` does that.
+(llava_trainer.py, commit c121f04), for runs that are compared with theirs:
+records with and without images in batches of their own, and the text of a batch
+in equal shares on all devices. Rows keep their fixed length here, so nothing is
+saved: `packing.py` does that.
 """
 
 import sys

@@ -32,9 +32,9 @@ def choose(
   """Indices of the records that share a row with the first one.
 
   The row gets as many text tokens as any choice gives it, of those choices one
-  with the most images, and of those the records that have waited longest. (A
-  record that brings images late costs more than one that brings text: empty
-  text of one row can be filled by any record, empty slots only by some.)
+  with the most images (or the records without would be gone before they can
+  fill the text of rows that have all their images), and of those the records
+  that have waited longest.
 
   All sums that a choice can reach are kept as the bits of a number, as in the
   textbook solution of the subset-sum problem: adding a record is a shift.
@@ -53,11 +53,10 @@ def choose(
   for i in range(len(lengths) - 1, 0, -1):
     before[i] = reached
     length, count = lengths[i], num_images[i]
-    if length <= text and count <= slots:
-      reached = [
-        bits | (reached[f - count] << length & mask if f >= count else 0)
-        for f, bits in enumerate(reached)
-      ]
+    reached = [
+      bits | (reached[f - count] << length & mask if f >= count else 0)
+      for f, bits in enumerate(reached)
+    ]
   images = max(range(slots + 1), key=lambda f: (reached[f].bit_length(), f))
   tokens = reached[images].bit_length() - 1
   chosen = [0]
@@ -149,8 +148,9 @@ class Packer:
 class PackedRows(grain.IterDataset[Row]):
   """Rows of several records. Every reader packs all, and makes its own.
 
-  So no state but that of the packer is needed to go on with any number of
-  readers, and a bad image, which is found last, changes no other row.
+  So the state of the packer, which each row carries, is all that is needed to
+  go on with any number of readers, and a bad image, which is found last,
+  changes no other row.
   """
 
   start = START
@@ -240,8 +240,7 @@ class _PackedRowIterator(grain.DatasetIterator[Row]):
     self._ready.extend((records, bad, state) for records, bad in batch)
 
   def get_state(self) -> dict:
-    """Never asked for a meaning: the state travels with the rows."""
-    return {}
+    return {}  # Grain asks for it, but nobody reads it: rows carry the state
 
   def set_state(self, state: dict) -> None:
-    raise NotImplementedError
+    raise NotImplementedError("PackedRows.read starts in a state")
