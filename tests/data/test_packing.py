@@ -200,6 +200,8 @@ def test_every_record_once_an_epoch(source, words):
   encoder = rows.Encoder(words, PROMPT, PACK, 8)
   per_epoch = pipeline.rows_per_epoch(source, encoder, PACK, 0)
   assert per_epoch == len(epochs[0])
+  alone = dataclasses.replace(PACK, batching="shuffle")
+  assert pipeline.rows_per_epoch(source, encoder, alone, 0) == NUM_RECORDS
   again = take(batches(source, words, seed=1), 1)[0]
   first = [{n for n, _ in row} for row in conversations(again, words)]
   assert first != found[:4]

@@ -145,7 +145,7 @@ def rows_per_epoch(
     DataError: no record is good.
   """
   if data.batching != "pack":
-    return len(source)
+    return float(len(source))
   count = min(len(source), _SAMPLE)
   prepared = _shuffled(source, seed).random_map(_Prepare(source, encoder))
   records = [
