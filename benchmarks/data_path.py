@@ -11,7 +11,8 @@ it, and tokenises the conversation with the same tokenizer (once; LLaVA does it
 again for every turn to find the labels, which is left out). A second row has
 its processor without what ours leaves to the device, the normalisation.
 
-After the speeds, where the time of one process goes.
+After the speeds, where the time of one process goes. That is time of the CPU,
+which counts the same on a machine that is not idle.
 """
 
 import argparse
@@ -40,6 +41,7 @@ _SIZE = 336
 _WORKERS = 2
 _PACKED_BATCH = 4  # rows of packed records
 _BATCH = 32  # records, where each has a row
+_STAGED = 256  # records whose parts are timed
 
 
 class TorchRecords(torch.utils.data.Dataset):
@@ -154,6 +156,17 @@ def measure(sides: dict[str, Callable], repeats: int) -> str:
   return tables.markdown(["data path", "images/s", f"{base} / this"], lines)
 
 
+def torch_milliseconds(source, folder: str, normalize: bool) -> str:
+  """The same of PyTorch's side, in one number."""
+  records = TorchRecords(source, folder, normalize)
+  records[0]
+  count, start = 0, time.process_time()
+  for i in range(0, _STAGED, _BATCH):
+    batch = collate([records[k] for k in range(i, i + _BATCH)])
+    count += len(batch["images"])
+  return f"{1e3 * (time.process_time() - start) / count:.2f}"
+
+
 def stages(source, data: DataConfig, prompts: PromptConfig) -> str:
   """Milliseconds of CPU that one image costs in each part, in one process."""
   words = load_tokenizer(data.tokenizer)
@@ -167,7 +180,7 @@ def stages(source, data: DataConfig, prompts: PromptConfig) -> str:
     return result
 
   rng = np.random.default_rng(0)
-  records = [timed("read JSON", source.__getitem__, i) for i in range(256)]
+  records = [timed("read JSON", source.__getitem__, i) for i in range(_STAGED)]
   prepared = [timed("tokenise", encoder.prepare, x, rng) for x in records]
   packer = packing.Packer(prepared, len(prepared), data)
   count = 0
@@ -188,6 +201,10 @@ def stages(source, data: DataConfig, prompts: PromptConfig) -> str:
     [name, f"{1e3 * t / count:.2f}", f"{t / whole:.0%}"]
     for name, t in spent.items()
   ]
+  lines.append(["all", f"{1e3 * whole / count:.2f}", "100%"])
+  for name, normalize in (("DataLoader", True), ("not normalised", False)):
+    theirs = torch_milliseconds(source, data.tokenizer, normalize)
+    lines.append([name, theirs, ""])
   return tables.markdown(["part", "ms an image", "share"], lines)
 
 
