@@ -93,6 +93,13 @@ def get_config() -> ConfigDict:
   # Training leaves out conversations that end in one of these answers, such as
   # ('yes', 'no') to begin with open questions.
   c.data.skip_answers = ()
+  # 'shuffle' gives each record a row of its own. 'pack' puts as many as fit
+  # into a row; metrics.jsonl says how full text rows and image slots are, and
+  # both are if max_text_length / max_images is what a record has of each.
+  # 'group_by_length' is LLaVA's order: records with and without images in
+  # batches of their own; rows keep their length, so nothing is saved.
+  c.data.batching = "shuffle"
+  c.data.pack_lookahead = 256  # records that may wait for a fitting row
   c.data.batch_size = 128  # text rows per step, over all devices and hosts
   c.data.flip_images = False  # mirror at random, both ways
   c.data.pad_to_square = True  # False: centre crop loses the long side's ends
@@ -125,7 +132,7 @@ def get_config() -> ConfigDict:
 
   c.training = ConfigDict()
   c.training.steps = 0  # optimiser steps; this or epochs
-  c.training.epochs = 0.0  # passes over the training split
+  c.training.epochs = 0.0  # passes over the training split; packed: about
   c.training.accumulate = 1  # micro-batches per step; divides batch_size
   c.training.log_every = 10  # steps
   c.training.checkpoint_every = 500  # steps

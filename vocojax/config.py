@@ -192,6 +192,8 @@ class DataConfig:
   max_images: int
   conversations_per_record: int
   skip_answers: tuple[str, ...]
+  batching: Literal["shuffle", "pack", "group_by_length"]
+  pack_lookahead: int
   batch_size: int
   flip_images: bool
   pad_to_square: bool
@@ -203,9 +205,16 @@ class DataConfig:
     _positive(
       self,
       "data",
-      "max_text_length max_images batch_size prefetch_batches",
+      "max_text_length max_images pack_lookahead batch_size prefetch_batches",
     )
     _not_negative(self, "data", "conversations_per_record num_workers")
+
+  @property
+  def max_conversations(self) -> int:
+    """Of a record, in training; 0 if that is not known beforehand."""
+    if self.conversations_per_record:
+      return self.conversations_per_record
+    return 1 if self.source == "llava_json" else 0
 
 
 @dataclasses.dataclass(frozen=True)

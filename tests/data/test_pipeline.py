@@ -18,7 +18,7 @@ from vocojax.errors import DataError
 
 PROMPT = PromptConfig(layout="qa_v1", strip_newlines="none")
 DATA = DataConfig(
-  source="llava_json",
+  source="easy_vqa",
   path="",
   image_folder="",
   tokenizer="",
@@ -27,6 +27,8 @@ DATA = DataConfig(
   max_images=2,
   conversations_per_record=0,
   skip_answers=(),
+  batching="shuffle",
+  pack_lookahead=8,
   batch_size=4,
   flip_images=False,
   pad_to_square=True,

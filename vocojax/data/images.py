@@ -61,7 +61,7 @@ def decode_image(
         raise Image.DecompressionBombError(
           f"{image.width}x{image.height} pixels exceed the limit of {limit}"
         )
-      return to_rgb(image, name)
+      return _to_rgb(image, name)
   except DataError:
     raise
   except UnidentifiedImageError as e:  # its message holds an address
@@ -89,9 +89,16 @@ def preprocess(
   """
   if pad_to_square and image.width != image.height:
     side = max(image.size)
-    square = Image.new("RGB", (side, side), _PADDING)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    image = square
+    left, top = (side - image.width) // 2, (side - image.height) // 2
+    width = side
+    if image.width == side:
+      # Pillow scales columns before rows, and rows of padding would come out
+      # as they went in. So they are added in between.
+      width = size
+      image = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    square = Image.new("RGB", (width, side), _PADDING)
+    square.paste(image, (left, top))
+    return np.array(square.resize((size, size), Image.Resampling.BICUBIC))
   short = min(image.size)
   width, height = (int(size * n / short) for n in image.size)
   left, top = (width - size) // 2, (height - size) // 2
@@ -129,20 +136,25 @@ def _scale_window(
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
-  """An opened image upright and in RGB, as `decode_image` describes it.
+  """A copy of an image, upright and in RGB, as `decode_image` describes it.
 
   Raises:
     DataError: its pixels have no known range.
   """
+  return _to_rgb(image.copy(), name)
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+  """The same without a copy where none is needed; changes `image`."""
   image.load()
   if image.mode in ("I", "F"):
     raise DataError(
       f"{name}: pixels of mode {image.mode} (32 bits) have no agreed range; "
       "convert the file to 8 or 16 bits"
     )
-  image = ImageOps.exif_transpose(image)
+  ImageOps.exif_transpose(image, in_place=True)
   if image.mode.startswith("I;16"):
     # Pillow would turn everything above 255 to white.
     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
   image.info.pop("transparency", None)  # dropped by convert, with a warning
-  return image.convert("RGB")
+  return image if image.mode == "RGB" else image.convert("RGB")

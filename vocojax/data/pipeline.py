@@ -1,17 +1,23 @@
 """From records to batches, with Grain. Read next: training/loop.py.
 
-Alphabet: B text rows, F image slots per row, S pixels a side, T text length.
-A row of a batch is one record. A batch holds, as numpy arrays,
+B text rows, F image slots per row, S pixels a side, T text length.
+A row of a batch is one record, or several where `config.data.batching` is
+'pack'. A batch holds, as numpy arrays,
 
-  images           uint8 [B,F,S,S,3]
-  image_group_ids  int32 [B,F]  0: empty slot; else the group of the image
-  input_ids        int32 [B,T]
-  labels           int32 [B,T]  -100 where not trained, else input_ids
-  segment_ids      int32 [B,T]  0: padding; conversations count from 1
-  text_group_ids   int32 [B,T]  the group whose images this token sees; 0: none
+  images             uint8 [B,F,S,S,3]
+  image_group_ids    int32 [B,F]  0: empty slot; else the group of the image
+  image_segment_ids  int32 [B,F,R]  who sees the image; 0: nobody (more)
+  input_ids          int32 [B,T]
+  labels             int32 [B,T]  -100 where not trained, else input_ids
+  segment_ids        int32 [B,T]  0: padding; conversations count from 1
+  text_group_ids     int32 [B,T]  the group whose images it sees; 0: none
 
 A group is a record with images; groups of a row count from 1. Several
-conversations (segments) may share a group's images.
+conversations (segments) may share a group's images. `image_segment_ids` holds
+the same the other way round, in ascending order, for attention kernels that
+know segments only. R is the most conversations that a record can have; where
+the config does not say how many that is (easy_vqa with all conversations), the
+array is left out.
 """
 
 import dataclasses
@@ -20,16 +26,21 @@ from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
-import transformers
 from absl import flags, logging
 from jaxtyping import UInt8
 
-from vocojax.config import DataConfig, PromptConfig
-from vocojax.data import images, prompt
+from vocojax.config import DataConfig
+from vocojax.data import grouping, packing
+from vocojax.data.rows import Arrays, Encoder, Prepared, load_images
 from vocojax.data.sources import Record, Source
 from vocojax.errors import DataError
 
-Arrays = dict[str, np.ndarray]
+# Records that the number of rows of an epoch is estimated from.
+_SAMPLE = 4096
+_NOTHING = (
+  "data: no record has a conversation to train on, expected some; shorten "
+  "config.data.skip_answers"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,106 +55,18 @@ class Batch:
   arrays: Arrays
   bad_records: tuple[str, ...]
 
-
-class Encoder:
-  """Turns a record into one row of a batch; can be pickled for workers."""
-
-  def __init__(
-    self,
-    tokenizer: transformers.PreTrainedTokenizerFast,
-    prompt_config: PromptConfig,
-    data: DataConfig,
-    image_size: int,
-  ):
-    self._tokenizer = tokenizer
-    self._prompt = prompt_config
-    self._data = data
-    self._image_size = image_size
-
-  def __call__(self, record: Record, rng: np.random.Generator) -> Arrays:
-    """The arrays of one row, without the axis B.
-
-    Samples `conversations_per_record` conversations of those whose last answer
-    is not among `skip_answers`; those that no longer fit beside the ones before
-    are left out. A row may stay without text.
-
-    Raises:
-      DataError: an image is bad, there are too many images, or a conversation
-        alone is longer than a row.
-    """
-    data, size = self._data, self._image_size
-    row = {
-      "images": np.zeros((data.max_images, size, size, 3), np.uint8),
-      "image_group_ids": np.zeros(data.max_images, np.int32),
-      "input_ids": np.full(
-        data.max_text_length, self._tokenizer.pad_token_id, np.int32
-      ),
-      "labels": np.full(data.max_text_length, prompt.IGNORE, np.int32),
-      "segment_ids": np.zeros(data.max_text_length, np.int32),
-      "text_group_ids": np.zeros(data.max_text_length, np.int32),
-    }
-    pixels = load_images(record, size, data)
-    if data.flip_images:
-      # One draw a record: its images may be compared with each other.
-      for axis in (1, 2):
-        if rng.integers(2):
-          pixels = np.flip(pixels, axis)
-    row["images"][: len(pixels)] = pixels
-    row["image_group_ids"][: len(pixels)] = 1
-    start = 0
-    for segment, turns in enumerate(self._sample(record, rng), 1):
-      ids, labels = prompt.encode(
-        prompt.LAYOUTS[self._prompt.layout],
-        self._tokenizer,
-        turns,
-        has_image=bool(record.images),
-        strip_newlines=self._prompt.strip_newlines,
-      )
-      if len(ids) > data.max_text_length:
-        raise DataError(
-          f"record {record.id}: a conversation of {len(ids)} tokens, expected "
-          f"at most {data.max_text_length}; raise config.data.max_text_length "
-          "or shorten the answers"
-        )
-      stop = start + len(ids)
-      if stop > data.max_text_length:
-        break
-      row["input_ids"][start:stop] = ids
-      row["labels"][start:stop] = labels
-      row["segment_ids"][start:stop] = segment
-      row["text_group_ids"][start:stop] = bool(record.images)
-      start = stop
-    return row
-
-  def _sample(self, record: Record, rng: np.random.Generator):
-    skipped = self._data.skip_answers
-    conversations = [c for c in record.conversations if c[-1][1] not in skipped]
-    count = self._data.conversations_per_record
-    if not count:
-      return conversations
-    order = rng.permutation(len(conversations))[:count]
-    return [conversations[i] for i in order]
-
-
-def load_images(
-  record: Record, image_size: int, data: DataConfig
-) -> UInt8[np.ndarray, "F S S 3"]:
-  """Decoded and scaled images of a record, as many as it has.
-
-  Raises:
-    DataError: an image is bad, or there are more than `data.max_images`.
-  """
-  if len(record.images) > data.max_images:
-    raise DataError(
-      f"record {record.id}: {len(record.images)} images, expected at most "
-      f"{data.max_images}; raise config.data.max_images"
+  @property
+  def fill(self) -> dict[str, int]:
+    """Text tokens and images of the batch, and how many it has room for."""
+    text, slots = (
+      self.arrays[key] for key in ("segment_ids", "image_group_ids")
     )
-  result = np.zeros((len(record.images), image_size, image_size, 3), np.uint8)
-  for i, source in enumerate(record.images):
-    which = source if not isinstance(source, bytes) else f"image {i}"
-    image = images.decode_image(source, f"record {record.id}: {which}")
-    result[i] = images.preprocess(image, image_size, data.pad_to_square)
-  return result
+    return {
+      "text_tokens": int(np.count_nonzero(text)),
+      "text_room": text.size,
+      "images": int(np.count_nonzero(slots)),
+      "image_room": slots.size,
+    }
 
 
 def train_dataset(
@@ -157,18 +80,23 @@ def train_dataset(
 ) -> grain.IterDataset:
   """Batches for ever, in an order that depends on `seed` only.
 
-  There is one order of records, shuffled anew in each epoch; a shard takes
-  every `shard_count`-th of it. So in an epoch no two shards see the same
-  record, and together the shards see what one process with the whole batch
-  would see. Workers only prepare records and never change their order.
+  There is one order of rows, drawn anew in each epoch; a shard takes every
+  `shard_count`-th of it. So in an epoch no two shards see the same record, and
+  together the shards see what one process with the whole batch would see.
+  Workers only prepare rows and never change their order.
 
-  The state of an iterator is the number of records it has read. It may be
-  restored with another number of workers.
+  Where rows are packed, every process and worker tokenises all records to know
+  which share a row, but decodes only the images of its own rows. A bad image
+  then leaves a gap in its row.
+
+  The state of an iterator is the number of records it has read and, of packed
+  rows, which records wait for a row. It may be restored with another number of
+  workers, and of packed rows with another number of processes.
 
   Args:
     source: the records.
-    encoder: makes a row of a record.
-    data: for `num_workers`, `prefetch_batches` and `on_bad_record`.
+    encoder: makes a row of records.
+    data: says how rows are batched.
     seed: of the order, and of whatever the encoder samples.
     shard_index: this process, from 0.
     shard_count: processes that each read a part of every batch.
@@ -178,19 +106,60 @@ def train_dataset(
     A dataset of `Batch`. Iterating raises DataError at a bad record if
     `on_bad_record` is 'stop', and when no record at all is good.
   """
-  rows = (
-    grain.MapDataset.range(len(source))
-    .seed(_seed32(seed))
-    .shuffle()
-    .repeat()
-    .random_map(_Encode(source, encoder))
-  )
-  batches = _Batches(
-    rows[shard_index::shard_count], len(source), data, local_batch_size
-  )
+  batch_size = local_batch_size * shard_count
+  if data.batching == "group_by_length":
+    order = grouping.GroupedOrder(source, batch_size, _seed32(seed))
+    indices = grain.MapDataset.source(order).seed(_seed32(seed))
+  else:
+    indices = _shuffled(source, seed)
+  if data.batching == "pack":
+    rows = packing.PackedRows(
+      indices.random_map(_Prepare(source, encoder)),
+      len(source),
+      encoder,
+      data,
+      batch_size,
+      slice(shard_index, None, shard_count),
+    )
+  else:
+    encoded = indices.random_map(_Encode(source, encoder))
+    rows = _SingleRows(
+      encoded[shard_index::shard_count],
+      data.prefetch_batches * local_batch_size,
+    )
   return grain.experimental.ThreadPrefetchIterDataset(
-    batches, prefetch_buffer_size=data.prefetch_batches
+    _Batches(rows, len(source), data, local_batch_size),
+    prefetch_buffer_size=data.prefetch_batches,
   )
+
+
+def rows_per_epoch(
+  source: Source, encoder: Encoder, data: DataConfig, seed: int
+) -> float:
+  """Rows that hold every record once; of packed rows, an estimate.
+
+  It is exact for a source of 4096 records and less; for others the first 4096
+  records that are trained on are packed.
+
+  Raises:
+    DataError: no record is good.
+  """
+  if data.batching != "pack":
+    return float(len(source))
+  count = min(len(source), _SAMPLE)
+  prepared = _shuffled(source, seed).random_map(_Prepare(source, encoder))
+  records = [
+    x
+    for x in map(prepared.__getitem__, range(count))
+    if isinstance(x, Prepared) and x.length
+  ]
+  if not records:
+    raise DataError(_NOTHING)
+  packer = packing.Packer(records, len(records), data)
+  rows = 1
+  while packer.next_row() and not packer.done:
+    rows += 1
+  return rows * len(source) / count
 
 
 def eval_records(
@@ -224,18 +193,59 @@ def _seed32(seed: int) -> int:
   return int.from_bytes(digest[:4], "little")
 
 
+def _shuffled(source: Source, seed: int) -> grain.MapDataset:
+  """Indices of records for ever, each epoch in an order of its own."""
+  indices = grain.MapDataset.range(len(source))
+  return indices.seed(_seed32(seed)).shuffle().repeat()
+
+
 @dataclasses.dataclass(frozen=True)
-class _Encode(grain.transforms.RandomMap):
-  """Index of a record to its row, or to the message of what is wrong."""
+class _Prepare(grain.transforms.RandomMap):
+  """Index of a record to the record prepared, or to what is wrong with it."""
 
   source: Source
   encoder: Encoder
 
-  def random_map(self, index: int, rng: np.random.Generator) -> Arrays | str:
+  def random_map(self, index: int, rng: np.random.Generator) -> Prepared | str:
     try:
-      return self.encoder(self.source[index], rng)
+      return self.encoder.prepare(self.source[index], rng)
     except DataError as e:
       return str(e)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Encode(grain.transforms.RandomMap):
+  """Index of a record to a `packing.Row` with it alone."""
+
+  source: Source
+  encoder: Encoder
+
+  def random_map(self, index: int, rng: np.random.Generator) -> packing.Row:
+    try:
+      return self.encoder(self.source[index], rng), (), ""
+    except DataError as e:
+      return None, (str(e),), ""
+
+
+class _SingleRows:
+  """Rows of one record each; their state is a number of records.
+
+  So it fits any number of workers.
+  """
+
+  def __init__(self, rows: grain.MapDataset, buffer_size: int):
+    self.start = {"next_record": 0}
+    self._rows = rows
+    self._buffer_size = buffer_size
+
+  def read(self, state: dict) -> grain.IterDataset:
+    # One thread: decoding holds the interpreter lock most of the time.
+    return self._rows[state["next_record"] :].to_iter_dataset(
+      grain.ReadOptions(num_threads=1, prefetch_buffer_size=self._buffer_size)
+    )
+
+  def after(self, state: dict, row: packing.Row) -> dict:
+    return {"next_record": state["next_record"] + 1}
 
 
 class _Batches(grain.IterDataset):
@@ -243,7 +253,7 @@ class _Batches(grain.IterDataset):
 
   def __init__(
     self,
-    rows: grain.MapDataset,
+    rows: "_SingleRows | packing.PackedRows",
     num_records: int,
     data: DataConfig,
     batch_size: int,
@@ -259,68 +269,69 @@ class _Batches(grain.IterDataset):
 
 
 class _BatchIterator(grain.DatasetIterator):
-  """Its state is a count of records, so it fits any number of workers."""
+  """Its state is that of the rows it was made of, whoever prepares more."""
 
   def __init__(self, dataset: _Batches):
     super().__init__()
     self._dataset = dataset
-    self._next_record = 0
+    self._state = dataset.rows.start
     self._rows: grain.DatasetIterator | None = None
+    self._bad_in_a_row = 0
 
   def __next__(self) -> Batch:
     if self._rows is None:
       self._rows = self._start()
     rows, bad = [], []
-    in_a_row = 0
     while len(rows) < self._dataset.batch_size:
       row = next(self._rows)
-      self._next_record += 1
-      if not isinstance(row, str):
-        rows.append(row)
-        in_a_row = 0
-        continue
-      if self._dataset.data.on_bad_record == "stop":
+      self._state = self._dataset.rows.after(self._state, row)
+      arrays, messages, _ = row
+      if messages and self._dataset.data.on_bad_record == "stop":
         raise DataError(
-          f"{row} (config.data.on_bad_record=skip would leave it out)"
+          f"{messages[0]} (config.data.on_bad_record=skip would leave it out)"
         )
-      bad.append(row)
-      in_a_row += 1
+      bad += messages
+      self._bad_in_a_row += len(messages)
       # Two orders in a row may have their good records far apart.
-      if in_a_row >= 2 * self._dataset.num_records:
+      if self._bad_in_a_row >= 2 * self._dataset.num_records:
         raise DataError(
-          f"data: {in_a_row} bad records in a row of a source of "
+          f"data: {self._bad_in_a_row} bad records in a row of a source of "
           f"{self._dataset.num_records}, expected some good ones; correct the "
-          f"records, the last of which is: {row}"
+          f"records, the last of which is: {bad[-1]}"
         )
+      if arrays is None:
+        if not messages:
+          raise DataError(_NOTHING)
+        continue
+      rows.append(arrays)
+      if not messages or arrays["segment_ids"].any():
+        self._bad_in_a_row = 0
     arrays = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
     return Batch(arrays, tuple(bad))
 
-  def get_state(self) -> dict[str, int]:
-    return {"next_record": self._next_record}
+  def get_state(self) -> dict:
+    return self._state
 
-  def set_state(self, state: dict[str, int]):
+  def set_state(self, state: dict):
     self._stop()
-    self._next_record = state["next_record"]
+    self._state = state
 
   def close(self):
     self._stop()
     super().close()
 
   def _start(self) -> grain.DatasetIterator:
-    data, batch_size = self._dataset.data, self._dataset.batch_size
-    # One thread: decoding holds the interpreter lock most of the time.
-    rows = self._dataset.rows[self._next_record :].to_iter_dataset(
-      grain.ReadOptions(
-        num_threads=1, prefetch_buffer_size=data.prefetch_batches * batch_size
-      )
-    )
+    data = self._dataset.data
+    rows = self._dataset.rows.read(self._state)
     if data.num_workers:
       if not flags.FLAGS.is_parsed():  # in a notebook; Grain reads its flags
         flags.FLAGS.mark_as_parsed()
       rows = rows.mp_prefetch(
         grain.MultiprocessingOptions(
           num_workers=data.num_workers,
-          per_worker_buffer_size=-(-batch_size // data.num_workers),
+          per_worker_buffer_size=-(
+            -self._dataset.batch_size // data.num_workers
+          ),
         )
       )
     return iter(rows)
@@ -329,3 +340,9 @@ class _BatchIterator(grain.DatasetIterator):
     if self._rows is not None:
       self._rows.close()
       self._rows = None
+
+
+def _seed32(seed: int) -> int:
+  """`seed` as Grain wants it: any integer to one below 2**32."""
+  digest = hashlib.sha256(str(seed).encode()).digest()
+  return int.from_bytes(digest[:4], "little")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 import signal
@@ -46,14 +47,25 @@ class Phase:
   source: Source
   mesh: Mesh
 
-  @property
+  @functools.cached_property
   def steps(self) -> int:
     """Optimiser steps of the whole phase."""
-    training = self.config.training
+    config, training = self.config, self.config.training
     if training.steps:
       return training.steps
-    per_epoch = len(self.source) / self.config.data.batch_size
-    return max(1, round(training.epochs * per_epoch))
+    rows = pipeline.rows_per_epoch(
+      self.source, self.encoder, config.data, config.seed
+    )
+    return max(1, round(training.epochs * rows / config.data.batch_size))
+
+  @property
+  def encoder(self) -> pipeline.Encoder:
+    """Makes rows of records."""
+    config = self.config
+    image_size = config.model.vision.image_size
+    return pipeline.Encoder(
+      self.tokenizer, config.prompt, config.data, image_size
+    )
 
 
 def run(phase: Phase) -> state.Params:
@@ -207,16 +219,10 @@ def _run(phase: Phase) -> state.Params:
 
 def _batches(phase: Phase) -> grain.IterDataset:
   config = phase.config
-  encoder = pipeline.Encoder(
-    phase.tokenizer,
-    config.prompt,
-    config.data,
-    config.model.vision.image_size,
-  )
   processes = jax.process_count()
   return pipeline.train_dataset(
     phase.source,
-    encoder,
+    phase.encoder,
     config.data,
     config.seed,
     jax.process_index(),
@@ -267,6 +273,8 @@ def _loop(phase, train_step, train_state, iterator, checkpoints, sums):
       "grad_norm": values["grad_norm"],
       "images_per_second": (number - since_log)
       * config.data.batch_size
+      * config.data.max_images
+      * sums.means()["image_fill"]
       / seconds,
       "bad_records": sums.values["bad_records"],
     }
@@ -293,7 +301,7 @@ def _loop(phase, train_step, train_state, iterator, checkpoints, sums):
       train_state, values = train_step(train_state, arrays)
       if pending:
         settle(*pending)
-      pending = (number, values, len(batch.bad_records))
+      pending = (number, values | batch.fill, len(batch.bad_records))
       last = number == phase.steps
       stop = sigterm.arrived  # read once: it may come at any moment
       if last or stop or number % training.checkpoint_every == 0:

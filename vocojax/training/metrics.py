@@ -16,6 +16,7 @@ class Sums:
   """
 
   _KEYS = ("loss", "tokens", "correct_tokens", "answers", "correct_answers")
+  _KEYS += ("text_tokens", "text_room", "images", "image_room")
 
   def __init__(self, values: dict[str, float] | None = None):
     self.values = dict.fromkeys(self._KEYS, 0.0) | {"bad_records": 0}
@@ -26,19 +27,24 @@ class Sums:
     self.values |= dict.fromkeys(self._KEYS, 0.0)
 
   def add(self, metrics: dict[str, float], bad_records: int) -> None:
-    """Adds the metrics of one step; `loss` there is a mean over tokens."""
+    """Adds the metrics of one step, and how full its batch was.
+
+    `loss` there is a mean over tokens.
+    """
     sums = metrics | {"loss": metrics["loss"] * metrics["tokens"]}
     for key in self._KEYS:
       self.values[key] += sums[key]
     self.values["bad_records"] += bad_records
 
   def means(self) -> dict[str, float]:
-    """Loss per token, and the share of right tokens and right answers."""
+    """Loss per token, and shares of right tokens, right answers and fill."""
     v = self.values
     return {
       "loss": v["loss"] / max(v["tokens"], 1),
       "token_accuracy": v["correct_tokens"] / max(v["tokens"], 1),
       "answer_accuracy": v["correct_answers"] / max(v["answers"], 1),
+      "text_fill": v["text_tokens"] / max(v["text_room"], 1),
+      "image_fill": v["images"] / max(v["image_room"], 1),
     }
 
 

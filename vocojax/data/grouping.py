@@ -1,0 +1,114 @@
+"""LLaVA's order of records, by images and length. Read next: pipeline.py.
+
+What LLaVA and VoCo-LLaMA train with as `group_by_modality_length`
+(llava_trainer.py, commit c121f04), for runs that are compared with theirs:
+records with and without images in batches of their own, and the text of a batch
+in equal shares on all devices. Rows keep their fixed length here, so nothing is
+saved: `packing.py` does that.
+"""
+
+import sys
+
+import numpy as np
+from jaxtyping import Int64
+
+from vocojax.data.sources import Source
+from vocojax.errors import DataError
+
+# A batch of the original is 8 rows on each of 8 devices, twice.
+_NUM_CHUNKS = 16
+
+
+def signed_lengths(source: Source) -> Int64[np.ndarray, " R"]:
+  """Words of each of the R records, below 0 where it has no image.
+
+  Words are what white space separates, over all questions and answers. A bad
+  record counts as one word.
+  """
+  result = np.ones(len(source), np.int64)
+  for i in range(len(source)):
+    try:
+      record = source[i]
+    except DataError:  # comes again when the record's turn comes
+      continue
+    texts = (t for c in record.conversations for turn in c for t in turn)
+    words = max(1, sum(len(text.split()) for text in texts))
+    result[i] = words if record.images else -words
+  return result
+
+
+def order(
+  signed_lengths: Int64[np.ndarray, " R"],
+  batch_size: int,
+  num_chunks: int,
+  rng: np.random.Generator,
+) -> Int64[np.ndarray, " R"]:
+  """Indices of all records in the order of one epoch.
+
+  Records with images and those without are shuffled apart and cut into batches.
+  A batch is sorted, the longest first, and dealt out to chunks of equal size,
+  each record to the chunk with the fewest words so far; chunks are what the
+  original gives to one device at a time. Batches are shuffled. The last of
+  either kind, which are seldom full, come at the end as one, sorted by index.
+  """
+  kinds = []
+  for chosen in (signed_lengths > 0, signed_lengths < 0):
+    indices = rng.permutation(np.flatnonzero(chosen))
+    kinds.append(
+      [
+        _chunked(indices[i : i + batch_size], signed_lengths, num_chunks)
+        for i in range(0, len(indices), batch_size)
+      ]
+    )
+  with_images, without = kinds
+  if not with_images or not without:
+    return np.concatenate(with_images or without)
+  batches = with_images[:-1] + without[:-1]
+  batches = [batches[i] for i in rng.permutation(len(batches))]
+  rest = np.sort(np.concatenate([with_images[-1], without[-1]]))
+  return np.concatenate([*batches, rest])
+
+
+def _chunked(indices, signed_lengths, num_chunks: int):
+  """The indices of a batch sorted by length, chunk after chunk."""
+  lengths = np.abs(signed_lengths[indices])
+  # Stable, as the sort of the original is.
+  indices = indices[np.argsort(-lengths, kind="stable")]
+  size, rest = divmod(len(indices), num_chunks)
+  if rest:
+    return np.concatenate([indices[i::num_chunks] for i in range(num_chunks)])
+  chunks = [[] for _ in range(num_chunks)]
+  sums = np.zeros(num_chunks)
+  for i in indices:
+    shortest = int(np.argmin(sums))
+    chunks[shortest].append(i)
+    full = len(chunks[shortest]) == size
+    sums[shortest] += np.inf if full else abs(signed_lengths[i])
+  return np.concatenate(chunks)
+
+
+class GroupedOrder:
+  """Indices of records for ever, in an order that depends on the seed only.
+
+  A source for Grain. The last batch of an epoch is filled up with the first
+  records of the epoch, so that the batches of the next are whole again.
+  """
+
+  def __init__(self, source: Source, batch_size: int, seed: int):
+    self._signed_lengths = signed_lengths(source)
+    self._batch_size = batch_size
+    self._seed = seed
+    self._epoch: tuple[int, np.ndarray] | None = None
+
+  def __len__(self) -> int:
+    return sys.maxsize
+
+  def __getitem__(self, index: int) -> int:
+    num_records = len(self._signed_lengths)
+    num_batches = -(-num_records // self._batch_size)
+    epoch, at = divmod(index, num_batches * self._batch_size)
+    if self._epoch is None or self._epoch[0] != epoch:
+      rng = np.random.default_rng([self._seed, epoch])
+      found = order(self._signed_lengths, self._batch_size, _NUM_CHUNKS, rng)
+      self._epoch = (epoch, found)
+    return int(self._epoch[1][at % num_records])

@@ -1,0 +1,187 @@
+"""From records to rows of a batch. Read next: pipeline.py, packing.py.
+
+F image slots per row, S pixels a side, T text length, R conversations that a
+record can have at most. The arrays are described in pipeline.py.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import transformers
+from jaxtyping import UInt8
+
+from vocojax.config import DataConfig, PromptConfig
+from vocojax.data import images, prompt
+from vocojax.data.sources import Record
+from vocojax.errors import DataError
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """A record with all that is drawn and tokenised, but no pixels yet.
+
+  Attributes:
+    record: whose images are to be decoded.
+    flips: whether to mirror them up and down, and left and right.
+    conversations: ids and labels of each.
+  """
+
+  record: Record
+  flips: tuple[bool, bool]
+  conversations: tuple[tuple[list[int], list[int]], ...]
+
+  @property
+  def length(self) -> int:
+    return sum(len(ids) for ids, _ in self.conversations)
+
+  @property
+  def num_images(self) -> int:
+    return len(self.record.images)
+
+
+class Encoder:
+  """Turns records into a row of a batch; can be pickled for workers."""
+
+  def __init__(
+    self,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    prompt_config: PromptConfig,
+    data: DataConfig,
+    image_size: int,
+  ):
+    self._tokenizer = tokenizer
+    self._prompt = prompt_config
+    self._data = data
+    self._image_size = image_size
+
+  def __call__(self, record: Record, rng: np.random.Generator) -> Arrays:
+    """The arrays of a row with one record, without the axis B.
+
+    Raises:
+      DataError: as `prepare` and `load` do.
+    """
+    prepared = self.prepare(record, rng)
+    return self.lay([(prepared, self.load(prepared))])
+
+  def prepare(self, record: Record, rng: np.random.Generator) -> Prepared:
+    """Draws and tokenises.
+
+    Samples `conversations_per_record` conversations of those whose last answer
+    is not among `skip_answers`; those that no longer fit in a row beside the
+    ones before are left out. A record may stay without text.
+
+    Raises:
+      DataError: there are too many images, or a conversation alone is longer
+        than a row.
+    """
+    data = self._data
+    _check_number(record, data)
+    # One draw a record: its images may be compared with each other.
+    flips = (False, False)
+    if data.flip_images:
+      flips = (bool(rng.integers(2)), bool(rng.integers(2)))
+    conversations, room = [], data.max_text_length
+    for turns in self._sample(record, rng):
+      ids, labels = prompt.encode(
+        prompt.LAYOUTS[self._prompt.layout],
+        self._tokenizer,
+        turns,
+        has_image=bool(record.images),
+        strip_newlines=self._prompt.strip_newlines,
+      )
+      if len(ids) > data.max_text_length:
+        raise DataError(
+          f"record {record.id}: a conversation of {len(ids)} tokens, expected "
+          f"at most {data.max_text_length}; raise config.data.max_text_length "
+          "or shorten the answers"
+        )
+      room -= len(ids)
+      if room < 0:
+        break
+      conversations.append((ids, labels))
+    return Prepared(record, flips, tuple(conversations))
+
+  def load(self, prepared: Prepared) -> UInt8[np.ndarray, "F S S 3"]:
+    """Pixels of the images of a record.
+
+    Raises:
+      DataError: an image is bad.
+    """
+    pixels = load_images(prepared.record, self._image_size, self._data)
+    for axis, flip in enumerate(prepared.flips, 1):
+      if flip:
+        pixels = np.flip(pixels, axis)
+    return pixels
+
+  def lay(self, records: Sequence[tuple[Prepared, np.ndarray]]) -> Arrays:
+    """The arrays of a row from records that fit in it, and their pixels."""
+    data, size = self._data, self._image_size
+    row: Arrays = {
+      "images": np.zeros((data.max_images, size, size, 3), np.uint8),
+      "image_group_ids": np.zeros(data.max_images, np.int32),
+      "input_ids": np.full(
+        data.max_text_length, self._tokenizer.pad_token_id, np.int32
+      ),
+      "labels": np.full(data.max_text_length, prompt.IGNORE, np.int32),
+      "segment_ids": np.zeros(data.max_text_length, np.int32),
+      "text_group_ids": np.zeros(data.max_text_length, np.int32),
+    }
+    if data.max_conversations:
+      row["image_segment_ids"] = np.zeros(
+        (data.max_images, data.max_conversations), np.int32
+      )
+    start = slot = group = segment = 0
+    for prepared, pixels in records:
+      slots = slice(slot, slot + len(pixels))
+      group += bool(len(pixels))
+      row["images"][slots] = pixels
+      row["image_group_ids"][slots] = group
+      slot = slots.stop
+      for i, (ids, labels) in enumerate(prepared.conversations):
+        stop = start + len(ids)
+        segment += 1
+        row["input_ids"][start:stop] = ids
+        row["labels"][start:stop] = labels
+        row["segment_ids"][start:stop] = segment
+        row["text_group_ids"][start:stop] = group if len(pixels) else 0
+        if data.max_conversations:
+          row["image_segment_ids"][slots, i] = segment
+        start = stop
+    return row
+
+  def _sample(self, record: Record, rng: np.random.Generator):
+    skipped = self._data.skip_answers
+    conversations = [c for c in record.conversations if c[-1][1] not in skipped]
+    count = self._data.conversations_per_record
+    if not count:
+      return conversations
+    order = rng.permutation(len(conversations))[:count]
+    return [conversations[i] for i in order]
+
+
+def load_images(
+  record: Record, image_size: int, data: DataConfig
+) -> UInt8[np.ndarray, "F S S 3"]:
+  """Decoded and scaled images of a record, as many as it has.
+
+  Raises:
+    DataError: an image is bad, or there are more than `data.max_images`.
+  """
+  _check_number(record, data)
+  result = np.zeros((len(record.images), image_size, image_size, 3), np.uint8)
+  for i, source in enumerate(record.images):
+    which = source if not isinstance(source, bytes) else f"image {i}"
+    image = images.decode_image(source, f"record {record.id}: {which}")
+    result[i] = images.preprocess(image, image_size, data.pad_to_square)
+  return result
+
+
+def _check_number(record: Record, data: DataConfig) -> None:
+  if len(record.images) > data.max_images:
+    raise DataError(
+      f"record {record.id}: {len(record.images)} images, expected at most "
+      f"{data.max_images}; raise config.data.max_images"
+    )
