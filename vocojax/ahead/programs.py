@@ -91,11 +91,10 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, Any]:
   shapes = {
     "images": ((data.max_images, size, size, 3), np.uint8),
     "image_group_ids": ((data.max_images,), np.int32),
-    "image_segment_ids": (
-      (data.max_images, data.conversations_per_record or 1),
-      np.int32,
-    ),
   }
+  if data.max_conversations:
+    shared = (data.max_images, data.max_conversations)
+    shapes["image_segment_ids"] = (shared, np.int32)
   for key in ("input_ids", "labels", "segment_ids", "text_group_ids"):
     shapes[key] = ((data.max_text_length,), np.int32)
   return {
