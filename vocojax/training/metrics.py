@@ -25,12 +25,11 @@ class Sums:
     """Back to zero, after a line; bad records count on."""
     self.values |= dict.fromkeys(self._KEYS, 0.0)
 
-  def add(self, metrics: dict[str, float], bad_records: int) -> None:
+  def add(self, metrics: dict[str, float]) -> None:
     """Adds the metrics of one step; `loss` there is a mean over tokens."""
     sums = metrics | {"loss": metrics["loss"] * metrics["tokens"]}
     for key in self._KEYS:
       self.values[key] += sums[key]
-    self.values["bad_records"] += bad_records
 
   def means(self) -> dict[str, float]:
     """Loss per token, and the share of right tokens and right answers."""

@@ -4,10 +4,14 @@ Axes: `data` (replicas), `fsdp` (shards of weights and optimiser state, and of
 the batch), `tensor` (shards within a layer).
 """
 
+import collections
 import math
 import re
+from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vocojax.config import MeshConfig
@@ -52,14 +56,21 @@ RULES = (
 )
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-  """A mesh over all devices.
+def make_mesh(
+  config: MeshConfig, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """A mesh over all devices, or over those given.
+
+  Of several TPU slices, joined by the slow network of the data center, only the
+  axis `data` goes from one to the next; the others stay inside a slice.
 
   Raises:
-    ConfigError: the sizes do not multiply to the number of devices.
+    ConfigError: the sizes do not multiply to the number of devices, or `data`
+      to that of the slices.
   """
+  devices = jax.devices() if devices is None else devices
   sizes = [getattr(config, axis) for axis in AXES]
-  count = jax.device_count()
+  count = len(devices)
   known = math.prod(s for s in sizes if s != -1)
   if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
     raise ConfigError(
@@ -73,7 +84,44 @@ def make_mesh(config: MeshConfig) -> Mesh:
       f"config.mesh: {' x '.join(map(str, sizes))} is not the number of "
       f"devices, {count}; set one axis to -1"
     )
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return Mesh(_arrange(sizes, devices), AXES, (AxisType.Auto,) * len(AXES))
+
+
+def local_mesh(config: MeshConfig) -> Mesh:
+  """A mesh over the devices of this process only, as like `config` as can be.
+
+  An axis has at most as many shards as `config` asks for, so that weights which
+  could be split there can be split here.
+  """
+  devices = jax.local_devices()
+  tensor = math.gcd(max(config.tensor, 1), len(devices))
+  rest = len(devices) // tensor
+  fsdp = rest if config.fsdp == -1 else math.gcd(config.fsdp, rest)
+  return make_mesh(MeshConfig(-1, fsdp, tensor), devices)
+
+
+def _arrange(sizes: list[int], devices: Sequence[jax.Device]) -> np.ndarray:
+  """The devices as an array of these sizes, neighbours close to each other."""
+  slices = len({getattr(d, "slice_index", 0) for d in devices})
+  # What XLA calls a slice of GPUs is a host; between those, the order will do.
+  if slices == 1 or devices[0].platform != "tpu":
+    split = "v5 lite" in devices[0].device_kind.lower()
+    return mesh_utils.create_device_mesh(
+      sizes, devices, allow_split_physical_axes=split
+    )
+  data, *inside = sizes
+  if data % slices:
+    raise ConfigError(
+      f"config.mesh.data: found {data}, expected a multiple of the {slices} "
+      f"slices, since fsdp and tensor stay inside a slice; set it to {slices} "
+      "and fsdp to -1"
+    )
+  return mesh_utils.create_hybrid_device_mesh(
+    [data // slices, *inside],
+    [slices, 1, 1],
+    devices,
+    allow_split_physical_axes=True,
+  )
 
 
 def spec(path: str) -> PartitionSpec:
@@ -144,3 +192,28 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
       f"{shards * accumulate} ({shards} shards of the mesh axes data x fsdp, "
       f"times config.training.accumulate {accumulate})"
     )
+
+
+def data_share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+  """Which share of each batch this process loads, and of how many.
+
+  Processes whose devices hold the same rows load the same share, as those do
+  that the axis `tensor` spans.
+
+  Raises:
+    ConfigError: the rows of two processes overlap in part.
+  """
+  rows_of = collections.defaultdict(set)
+  where = rows(mesh).devices_indices_map((batch_size,))
+  for device, (index,) in where.items():
+    rows_of[device.process_index].add(index.indices(batch_size)[:2])
+  shares = sorted({tuple(sorted(blocks)) for blocks in rows_of.values()})
+  blocks = [block for share in shares for block in share]
+  if len(blocks) != len(set(blocks)) or len({*map(len, shares)}) > 1:
+    raise ConfigError(
+      f"config.mesh: with {dict(mesh.shape)} some hosts share a part of their "
+      "rows; choose data x fsdp as a multiple or a divisor of the number of "
+      f"hosts, {len(rows_of)}"
+    )
+  mine = tuple(sorted(rows_of[jax.process_index()]))
+  return shares.index(mine), len(shares)

@@ -1,0 +1,231 @@
+"""The processes of one run: start, talk, end together. Read next: `loop.py`.
+
+A run on several hosts is the same program on each of them. Whatever happens to
+one process ends all: a process that fails leaves at once, without the barrier
+at the end of JAX programs, so that the others notice by their connections to it
+within a second, or by missed heartbeats within `HEARTBEAT_SECONDS`.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import traceback
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+
+from vocojax.errors import UserError
+
+HEARTBEAT_SECONDS = 30  # of silence, after which a process counts as dead
+_FLAGS = ("coordinator_address", "num_processes", "process_id")
+# What errors of collectives and barriers speak of when a process has died.
+_LOST = re.compile(
+  "gloo|nccl|peer|connection|heartbeat|coordination|barrier|socket", re.I
+)
+_AGAIN = "the same command goes on from the last checkpoint"
+
+
+def define_flags() -> None:
+  """Defines the flags that name the processes of a plain list of hosts."""
+  flags.DEFINE_string(
+    _FLAGS[0],
+    None,
+    "HOST:PORT of process 0, for a run on several hosts. On TPU pods, SLURM, "
+    "Open MPI and Kubernetes jobs JAX knows; leave these three out there.",
+  )
+  flags.DEFINE_integer(_FLAGS[1], None, "How many processes, one a host.")
+  flags.DEFINE_integer(_FLAGS[2], None, "Which of them this is, from 0.")
+
+
+@contextlib.contextmanager
+def joined():
+  """Joins the processes of a run, if there are several, until it ends.
+
+  Raises:
+    UserError: the flags do not go together, or the others do not come.
+  """
+  _join()
+  if not jax.distributed.is_initialized():
+    yield
+    return
+  who = name()
+  # JAX's own watch ends a process without a chance for Python to say why. This
+  # shell does, once we are gone without having told it that all is well.
+  message = (
+    f"error: {who} ended abruptly: another process is gone, which the lines "
+    f"above tell, or this one was killed or out of memory; {_AGAIN}"
+  )
+  watcher = subprocess.Popen(
+    ["sh", "-c", 'read -r _ || echo "$0" >&2', message],
+    stdin=subprocess.PIPE,
+    start_new_session=True,
+  )
+  try:
+    yield
+  except BaseException as e:
+    status = _report(e, who)
+    watcher.communicate(b"well\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+  watcher.communicate(b"well\n")
+
+
+def _report(e: BaseException, who: str) -> int:
+  """Says on stderr what ended this process; its exit status."""
+  words = " ".join(str(e).split())
+  if isinstance(e, UserError):
+    print(f"error: {who}: {words}", file=sys.stderr)
+    return 2
+  if isinstance(e, KeyboardInterrupt):
+    print(f"error: {who}: {words or 'interrupted'}", file=sys.stderr)
+    return 130
+  if isinstance(e, jax.errors.JaxRuntimeError) and _LOST.search(words):
+    print(
+      f"error: {who}: another process died or cannot be reached ("
+      f"{words[:200]}); its own output says why; {_AGAIN}",
+      file=sys.stderr,
+    )
+    return 1
+  print(f"error: {who}:", file=sys.stderr)
+  traceback.print_exception(e)
+  return 1
+
+
+def _join() -> None:
+  address, count, index = (flags.FLAGS[name].value for name in _FLAGS)
+  missing = [name for name in _FLAGS if flags.FLAGS[name].value is None]
+  if 0 < len(missing) < len(_FLAGS):
+    raise UserError(
+      f"--{missing[0]}: missing; --{', --'.join(_FLAGS)} are given together, "
+      "on each host with its own --process_id"
+    )
+  if missing:
+    if not _scheduled():
+      return
+  elif not 0 <= index < count:
+    raise UserError(
+      f"--process_id={index}: expected 0 to {count - 1}, since "
+      f"--num_processes={count}"
+    )
+  elif not re.fullmatch(r".+:\d+", address):
+    raise UserError(
+      f"--coordinator_address={address}: expected HOST:PORT of process 0, such "
+      "as 10.0.0.1:8476"
+    )
+  try:
+    jax.distributed.initialize(
+      address, count, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+    )
+  except (ValueError, RuntimeError) as e:
+    if missing and str(e) == "coordinator_address should be defined.":
+      return  # no scheduler that JAX knows: one process
+    raise UserError(
+      f"the processes of this run did not find each other ("
+      f"{' '.join(str(e).split())[:200]}); start all of them, each with its "
+      "own --process_id and the same --coordinator_address, whose port every "
+      "host can reach"
+    ) from e
+
+
+def _scheduled() -> bool:
+  """Whether JAX may look for a scheduler that started several processes.
+
+  Of a single SLURM task it would take all GPUs but one away, and in a pod that
+  is no part of a job it would ask the Kubernetes API, which few pods may.
+  """
+  several = ("JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES")
+  if os.environ.get("SLURM_NTASKS") == "1":
+    return False
+  return "KUBERNETES_SERVICE_HOST" not in os.environ or any(
+    name in os.environ for name in several
+  )
+
+
+def name() -> str:
+  """What messages call this process."""
+  return f"process {jax.process_index()} of {jax.process_count()}"
+
+
+def gather(value: Any) -> list[Any]:
+  """What each process gave, in their order; anything that JSON can hold."""
+  if jax.process_count() == 1:
+    return [value]
+  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(len(data)))
+  padded = np.zeros(sizes.max(), np.uint8)
+  padded[: len(data)] = data
+  rows = multihost_utils.process_allgather(padded)
+  return [
+    json.loads(row[:size].tobytes())
+    for row, size in zip(rows, sizes, strict=True)
+  ]
+
+
+def check_shared(folder: pathlib.Path) -> None:
+  """Whether all hosts see the same folder.
+
+  Raises:
+    UserError: a host does not see what the first one writes there.
+  """
+  probe = folder / ".shared-test"
+  if jax.process_index() == 0:
+    probe.touch()
+  gather(None)  # wait for it
+  seen = gather(probe.exists())
+  if jax.process_index() == 0:
+    probe.unlink()
+  if not all(seen):
+    raise UserError(
+      f"{folder}: process {seen.index(False)} does not see what process 0 "
+      "writes there; choose a folder on a file system that all hosts share"
+    )
+
+
+class Preemption:
+  """Whether SIGTERM came, to be asked once after each step.
+
+  With several processes it is enough that one gets it, and all learn of it
+  after the same step. JAX's coordination service sees to that in the
+  background: it takes the signal, and has the processes agree on the first step
+  that none has begun. A step costs no communication for it.
+  """
+
+  _step = itertools.count()  # one count for all phases: it must never go back
+
+  def __enter__(self):
+    self._arrived = False
+    self._together = jax.distributed.is_initialized()
+    if not self._together:
+      self._before = signal.signal(signal.SIGTERM, self._note)
+    return self
+
+  def arrived(self) -> bool:
+    if self._together:
+      step = next(self._step)
+      return multihost_utils.reached_preemption_sync_point(step)
+    return self._arrived
+
+  def _note(self, *_):
+    self._arrived = True
+
+  def __exit__(self, *_):
+    if not self._together:
+      signal.signal(signal.SIGTERM, self._before)
+
+
+def ignore_preemption() -> None:
+  """Lets SIGTERM end the program again, where nothing is to be saved.
+
+  JAX takes it from the moment that the processes join.
+  """
+  signal.signal(signal.SIGTERM, signal.SIG_DFL)
