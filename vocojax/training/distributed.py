@@ -42,7 +42,9 @@ def define_flags() -> None:
     "HOST:PORT of process 0, for a run on several hosts. On TPU pods, SLURM, "
     "Open MPI and Kubernetes jobs JAX knows; leave these three out there.",
   )
-  flags.DEFINE_integer(_FLAGS[1], None, "How many processes, one a host.")
+  flags.DEFINE_integer(
+    _FLAGS[1], None, "How many processes, one a host.", lower_bound=1
+  )
   flags.DEFINE_integer(_FLAGS[2], None, "Which of them this is, from 0.")
 
 
@@ -57,14 +59,14 @@ def joined():
   if not jax.distributed.is_initialized():
     yield
     return
-  who = name()
   # JAX's own watch ends a process without a chance for Python to say why. This
   # shell does, once we are gone without having told it that all is well.
   message = (
-    f"error: {who} ended abruptly: another process is gone, which the lines "
+    f"error: {name()} ended abruptly: another process is gone, which the lines "
     f"above tell, or this one was killed or out of memory; {_AGAIN}"
   )
-  watcher = subprocess.Popen(
+  global _watcher
+  _watcher = subprocess.Popen(
     ["sh", "-c", 'read -r _ || echo "$0" >&2', message],
     stdin=subprocess.PIPE,
     start_new_session=True,
@@ -72,12 +74,26 @@ def joined():
   try:
     yield
   except BaseException as e:
-    status = _report(e, who)
-    watcher.communicate(b"well\n")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-  watcher.communicate(b"well\n")
+    leave(e)
+  _watcher.communicate(b"well\n")
+
+
+_watcher: subprocess.Popen | None = None
+
+
+def leave(e: BaseException) -> None:
+  """Reports an error and ends this process, if it is one of several.
+
+  To be called before anything that waits for the other processes, such as the
+  end of a checkpoint: they may be gone, or wait for us elsewhere.
+  """
+  if _watcher is None:
+    return
+  status = _report(e, name())
+  _watcher.communicate(b"well\n")
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)
 
 
 def _report(e: BaseException, who: str) -> int:
@@ -102,16 +118,17 @@ def _report(e: BaseException, who: str) -> int:
 
 
 def _join() -> None:
-  address, count, index = (flags.FLAGS[name].value for name in _FLAGS)
-  missing = [name for name in _FLAGS if flags.FLAGS[name].value is None]
-  if 0 < len(missing) < len(_FLAGS):
+  values = flags.FLAGS.flag_values_dict()
+  address, count, index = (values[name] for name in _FLAGS)
+  missing = [name for name in _FLAGS if values[name] is None]
+  if len(missing) == len(_FLAGS):
+    if not _scheduled():
+      return
+  elif missing:
     raise UserError(
       f"--{missing[0]}: missing; --{', --'.join(_FLAGS)} are given together, "
       "on each host with its own --process_id"
     )
-  if missing:
-    if not _scheduled():
-      return
   elif not 0 <= index < count:
     raise UserError(
       f"--process_id={index}: expected 0 to {count - 1}, since "

@@ -19,8 +19,14 @@ from vocojax.data import pipeline
 from vocojax.data.sources import Source
 from vocojax.errors import ConfigError, UserError
 from vocojax.models.vlm import VisionLanguageModel
-from vocojax.training import checkpoint, metrics, sharding, state, step
-from vocojax.training.distributed import Preemption
+from vocojax.training import (
+  checkpoint,
+  distributed,
+  metrics,
+  sharding,
+  state,
+  step,
+)
 from vocojax.training.feed import Feed
 from vocojax.training.optimizer import make_optimizer, schedule
 from vocojax.training.state import TrainState
@@ -164,6 +170,11 @@ def _run(phase: Phase) -> state.Params:
       donate_argnums=0,
     )
     return _loop(phase, train_step, train_state, feed, checkpoints, sums)
+  except Stopped:
+    raise
+  except BaseException as e:
+    distributed.leave(e)
+    raise
   finally:
     checkpoints.close()
     feed.close()
@@ -260,7 +271,7 @@ def _loop(phase, train_step, train_state, feed, checkpoints, sums):
 
   number, stop = first, False
   closing = contextlib.closing(writer) if writer else contextlib.nullcontext()
-  with Preemption() as preemption, bar, closing:
+  with distributed.Preemption() as preemption, bar, closing:
     pending = None
     for number in range(first + 1, phase.steps + 1):
       train_state, values = train_step(train_state, next(feed))
