@@ -42,9 +42,7 @@ def define_flags() -> None:
     "HOST:PORT of process 0, for a run on several hosts. On TPU pods, SLURM, "
     "Open MPI and Kubernetes jobs JAX knows; leave these three out there.",
   )
-  flags.DEFINE_integer(
-    _FLAGS[1], None, "How many processes, one a host.", lower_bound=1
-  )
+  flags.DEFINE_integer(_FLAGS[1], None, "How many processes, one a host.", 1)
   flags.DEFINE_integer(_FLAGS[2], None, "Which of them this is, from 0.")
 
 

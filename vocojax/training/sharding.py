@@ -7,7 +7,7 @@ the batch), `tensor` (shards within a layer).
 import collections
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import jax
 import numpy as np
@@ -84,7 +84,7 @@ def make_mesh(
       f"config.mesh: {' x '.join(map(str, sizes))} is not the number of "
       f"devices, {count}; set one axis to -1"
     )
-  return Mesh(_arrange(sizes, devices), AXES, (AxisType.Auto,) * len(AXES))
+  return Mesh(arrange(sizes, devices), AXES, (AxisType.Auto,) * len(AXES))
 
 
 def local_mesh(config: MeshConfig) -> Mesh:
@@ -100,7 +100,7 @@ def local_mesh(config: MeshConfig) -> Mesh:
   return make_mesh(MeshConfig(-1, fsdp, tensor), devices)
 
 
-def _arrange(sizes: list[int], devices: Sequence[jax.Device]) -> np.ndarray:
+def arrange(sizes: list[int], devices: Sequence[jax.Device]) -> np.ndarray:
   """The devices as an array of these sizes, neighbours close to each other."""
   slices = len({getattr(d, "slice_index", 0) for d in devices})
   # What XLA calls a slice of GPUs is a host; between those, the order will do.
@@ -197,9 +197,6 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
 def data_share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
   """Which share of each batch this process loads, and of how many.
 
-  Processes whose devices hold the same rows load the same share, as those do
-  that the axis `tensor` spans.
-
   Raises:
     ConfigError: the rows of two processes overlap in part.
   """
@@ -207,13 +204,23 @@ def data_share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
   where = rows(mesh).devices_indices_map((batch_size,))
   for device, (index,) in where.items():
     rows_of[device.process_index].add(index.indices(batch_size)[:2])
-  shares = sorted({tuple(sorted(blocks)) for blocks in rows_of.values()})
-  blocks = [block for share in shares for block in share]
-  if len(blocks) != len(set(blocks)) or len({*map(len, shares)}) > 1:
+  return share_of(jax.process_index(), rows_of)
+
+
+def share_of(
+  process: int, rows_of: Mapping[int, Set[tuple[int, int]]]
+) -> tuple[int, int]:
+  """`data_share`, from the ranges of rows that each process holds.
+
+  Processes that hold the same rows load the same share, as those do that the
+  axis `tensor` spans.
+  """
+  shares = sorted({tuple(sorted(ranges)) for ranges in rows_of.values()})
+  ranges = [one for share in shares for one in share]
+  if len(ranges) != len(set(ranges)) or len({len(s) for s in shares}) > 1:
     raise ConfigError(
-      f"config.mesh: with {dict(mesh.shape)} some hosts share a part of their "
-      "rows; choose data x fsdp as a multiple or a divisor of the number of "
-      f"hosts, {len(rows_of)}"
+      f"config.mesh: some of the {len(rows_of)} processes would hold a part of "
+      "the rows that another one holds; choose data x fsdp as a multiple or a "
+      "divisor of the number of processes"
     )
-  mine = tuple(sorted(rows_of[jax.process_index()]))
-  return shares.index(mine), len(shares)
+  return shares.index(tuple(sorted(rows_of[process]))), len(shares)
