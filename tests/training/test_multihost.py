@@ -3,14 +3,11 @@
 They talk through gloo on this machine. `tests/runs.py` starts them.
 """
 
-import hashlib
-import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import jax
@@ -19,8 +16,7 @@ import pytest
 
 from tests import runs, test_evaluate
 from tests.training import test_resume, test_sharding
-from vocojax.errors import UserError
-from vocojax.training import checkpoint, distributed, loop, sharding
+from vocojax.training import checkpoint, loop, sharding
 
 TAIL = test_sharding.TAIL
 # Both shares of the data have bad records, at different places.
@@ -324,117 +320,3 @@ def test_error_of_one_host_ends_both(folder):
   ), errors
   assert other.returncode not in (0, 2)
   assert re.search(f"(?m)^({LOST}|{ABRUPT.format(1)})$", errors[other]), errors
-
-
-@pytest.fixture(scope="module")
-def program(folder):
-  forks = runs.Forks(folder, "vocojax.train")
-  yield forks
-  forks.close()
-
-
-@pytest.mark.parametrize(
-  "arguments, message",
-  [
-    (
-      ["--num_processes=2", "--process_id=1"],
-      "--coordinator_address: missing; --coordinator_address, --num_processes, "
-      "--process_id are given together, on each host with its own --process_id",
-    ),
-    (
-      ["--coordinator_address=a:1", "--num_processes=2", "--process_id=2"],
-      "--process_id=2: expected 0 to 1, since --num_processes=2",
-    ),
-    (
-      ["--coordinator_address=a", "--num_processes=2", "--process_id=1"],
-      "--coordinator_address=a: expected HOST:PORT of process 0, such as "
-      "10.0.0.1:8476",
-    ),
-  ],
-)
-def test_flags_that_do_not_go_together(program, folder, arguments, message):
-  status, out, err = program.run(
-    f"--config={folder / 'one.py'}", f"--workdir={folder / 'x'}", *arguments
-  )
-  assert (status, out, err) == (2, "", f"error: {message}\n")
-
-
-SCRIPT = runs.ROOT / "launch" / "local_multiprocess.sh"
-
-
-def test_script_dry_run():
-  options = ["--processes", "3", "--devices", "2", "--dry-run"]
-  done = subprocess.run(
-    [SCRIPT, *options, "--", "--config=a.py", "--workdir=x y"],
-    capture_output=True,
-    text=True,
-  )
-  assert (done.returncode, done.stderr) == (0, "")
-  assert done.stdout.splitlines() == [
-    "env JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=2 .venv/bin/python -u -m "
-    "vocojax.train --config=a.py --workdir=x\\ y "
-    "--coordinator_address=localhost:8476 --num_processes=3 "
-    f"--process_id={i} "
-    for i in range(3)
-  ]
-
-
-@pytest.mark.parametrize(
-  "arguments, message",
-  [
-    (["--"], "no flags of vocojax.train; they come after --, see --help"),
-    (["--fast"], "--fast: unknown; flags of vocojax.train come after --"),
-    (
-      ["--processes", "0", "--", "a"],
-      "--processes: found '0', expected a positive whole number",
-    ),
-    (["--devices"], "--devices: found '', expected a positive whole number"),
-  ],
-)
-def test_script_refuses(arguments, message):
-  done = subprocess.run([SCRIPT, *arguments], capture_output=True, text=True)
-  assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
-
-
-@pytest.mark.slow
-def test_script_runs_and_ctrl_c_ends_all(broken):
-  """In a copy whose environment is this one."""
-  copy = broken / "copy"
-  (copy / ".venv" / "bin").mkdir(parents=True)
-  shutil.copytree(runs.ROOT / "launch", copy / "launch")
-  for name in ("vocojax", "configs"):
-    (copy / name).symlink_to(runs.ROOT / name)
-  digest = hashlib.sha256()
-  for name in ("setup.py", "constraints.txt"):
-    shutil.copy(runs.ROOT / name, copy)
-    digest.update((copy / name).read_bytes())
-  (copy / ".venv" / "installed-cpu").write_text(digest.hexdigest() + "\n")
-  python = copy / ".venv" / "bin" / "python"
-  python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-  python.chmod(0o755)
-  script = subprocess.Popen(
-    [
-      copy / "launch" / "local_multiprocess.sh",
-      "--devices",
-      "1",
-      "--",
-      f"--config={broken / 'one.py'}",
-      f"--workdir={broken / 'script'}",
-      "--config.training.steps=100000",
-    ],
-    env=os.environ | runs.cached(broken),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-    start_new_session=True,
-  )
-  phase = broken / "script" / "voco"
-  test_resume.wait_for(script, lambda: test_resume.steps(phase))
-  os.killpg(script.pid, signal.SIGINT)  # what Ctrl-C does
-  out, err = script.communicate(timeout=60)
-  assert script.returncode == 130
-  assert err == "interrupted\n"
-  assert all(re.match(r"\[[01]\] |[\d. ]*$", x) for x in out.split("\n")), out
-  assert "[0] error: process 0 of 2: interrupted" in out, out
-  listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True)
-  assert f"--workdir={broken / 'script'}" not in listed.stdout

@@ -143,6 +143,7 @@ def _join() -> None:
     )
   except (ValueError, RuntimeError) as e:
     if missing and str(e) == "coordinator_address should be defined.":
+      _check_pod()
       return  # no scheduler that JAX knows: one process
     raise UserError(
       f"the processes of this run did not find each other ("
@@ -158,12 +159,22 @@ def _scheduled() -> bool:
   Of a single SLURM task it would take all GPUs but one away, and in a pod that
   is no part of a job it would ask the Kubernetes API, which few pods may.
   """
-  several = ("JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES")
+  several = ("JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES", "SLURM_JOB_ID")
   if os.environ.get("SLURM_NTASKS") == "1":
     return False
   return "KUBERNETES_SERVICE_HOST" not in os.environ or any(
     name in os.environ for name in several
   )
+
+
+def _check_pod() -> None:
+  pod = os.environ.get("JOB_COMPLETION_INDEX", "0")
+  if pod != "0":
+    raise UserError(
+      f"JOB_COMPLETION_INDEX={pod}: this pod belongs to a Kubernetes job of "
+      "several, but JAX does not find the others; pip install kubernetes, or "
+      f"give --{', --'.join(_FLAGS)}"
+    )
 
 
 def name() -> str:
