@@ -90,9 +90,9 @@ def test_pods_that_cannot_find_each_other():
   assert alone.communicate(timeout=100) == ("process 0 of 1 [1] False\n", "")
   _, err = fourth.communicate(timeout=100)
   assert err.endswith(
-    "UserError: JOB_COMPLETION_INDEX=3: this pod belongs to a Kubernetes job of "
-    "several, but JAX does not find the others; pip install kubernetes, or give "
-    "--coordinator_address, --num_processes, --process_id\n"
+    "UserError: JOB_COMPLETION_INDEX=3: this pod belongs to a Kubernetes job "
+    "of several, but JAX does not find the others; pip install kubernetes, or "
+    "give --coordinator_address, --num_processes, --process_id\n"
   )
 
 

@@ -27,9 +27,12 @@ from vocojax.errors import UserError
 
 HEARTBEAT_SECONDS = 30  # of silence, after which a process counts as dead
 _FLAGS = ("coordinator_address", "num_processes", "process_id")
-# What errors of collectives and barriers speak of when a process has died.
+# What errors of collectives and barriers speak of when a process has died; JAX
+# raises some as ValueError.
 _LOST = re.compile(
-  "gloo|nccl|peer|connection|heartbeat|coordination|barrier|socket", re.I
+  "gloo|nccl|heartbeat|coordination ?service|barrier|"
+  "connection (closed|reset|refused)|socket closed",
+  re.I,
 )
 _AGAIN = "the same command goes on from the last checkpoint"
 
@@ -103,7 +106,8 @@ def _report(e: BaseException, who: str) -> int:
   if isinstance(e, KeyboardInterrupt):
     print(f"error: {who}: {words or 'interrupted'}", file=sys.stderr)
     return 130
-  if isinstance(e, jax.errors.JaxRuntimeError) and _LOST.search(words):
+  errors = (jax.errors.JaxRuntimeError, ValueError)
+  if isinstance(e, errors) and _LOST.search(words):
     print(
       f"error: {who}: another process died or cannot be reached ("
       f"{words[:200]}); its own output says why; {_AGAIN}",

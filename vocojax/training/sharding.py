@@ -100,7 +100,7 @@ def local_mesh(config: MeshConfig) -> Mesh:
   return make_mesh(MeshConfig(-1, fsdp, tensor), devices)
 
 
-def arrange(sizes: list[int], devices: Sequence[jax.Device]) -> np.ndarray:
+def arrange(sizes: Sequence[int], devices: Sequence) -> np.ndarray:
   """The devices as an array of these sizes, neighbours close to each other."""
   slices = len({getattr(d, "slice_index", 0) for d in devices})
   # What XLA calls a slice of GPUs is a host; between those, the order will do.
