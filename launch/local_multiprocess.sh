@@ -63,9 +63,10 @@ command_of() {
     "--process_id=$1")
 }
 
-# number_lines I: puts I before each line of its input.
+# number_lines I: puts I before each line of its input, until that ends.
 number_lines() {
   local line
+  trap '' INT TERM
   while IFS= read -r line || [[ -n $line ]]; do
     printf '[%s] %s\n' "$1" "$line"
   done
@@ -82,14 +83,26 @@ if [[ -n $dry ]]; then
 fi
 
 pids=()
-# end SIGNAL: sends it to all that still run, and to their data workers.
+# end SIGNAL: sends it to all that still run, and to their data workers. Fails
+# when none does.
 # shellcheck disable=SC2329 # the traps call it
 end() {
-  kill "-$1" -- "${pids[@]/#/-}" 2>/dev/null || true
+  kill "-$1" -- "${pids[@]/#/-}" 2>/dev/null
+}
+# shellcheck disable=SC2329 # a trap calls it
+interrupt() {
+  end INT || true
+  for _ in {1..50}; do
+    end 0 || break
+    sleep 0.1
+  done
+  end KILL || true
+  echo "interrupted" >&2
+  exit 130
 }
 set -m # a group of its own for each process, or it would not see Ctrl-C
-trap 'end INT; sleep 5; end KILL; echo "interrupted" >&2; exit 130' INT
-trap 'end TERM' TERM
+trap interrupt INT
+trap 'end TERM || true' TERM
 for ((i = 0; i < processes; i++)); do
   command_of "$i"
   "${words[@]}" > >(number_lines "$i") 2>&1 </dev/null &

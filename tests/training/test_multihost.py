@@ -277,6 +277,8 @@ def test_evaluation_on_two_hosts(folder, one_device):
   """Each answers half of the questions; the answers are those of one."""
   for name in ("alone", "shared"):
     shutil.copytree(folder / "one", folder / name / "voco")
+    config = test_sharding.config_of(folder).to_json()
+    (folder / name / "voco" / "config.json").write_text(config)
   checkpoint_of = "--checkpoint={}/{}/voco".format
   alone = runs.start_cached(
     folder, "vocojax.evaluate", checkpoint_of(folder, "alone")
