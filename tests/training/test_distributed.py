@@ -36,19 +36,21 @@ from absl import flags
 from vocojax.training import distributed
 
 distributed.define_flags()
-flags.FLAGS([""])
+{start}
 with distributed.joined():
   found = distributed.gather({value})
   print(distributed.name(), found, jax.distributed.is_initialized())
 """
 
 
-def run_program(variables: dict[str, str], value: str) -> subprocess.Popen:
+def run_program(
+  variables: dict[str, str], value: str, start: str = "flags.FLAGS([''])"
+) -> subprocess.Popen:
   """A program that joins the others and gathers what each has."""
   unset = ("JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES")
   env = {k: v for k, v in os.environ.items() if k not in unset}
   return subprocess.Popen(
-    [sys.executable, "-c", PROGRAM.replace("{value}", value)],
+    [sys.executable, "-c", PROGRAM.format(value=value, start=start)],
     cwd=runs.ROOT,
     env=env | {"JAX_PLATFORMS": "cpu"} | variables,
     stdout=subprocess.PIPE,
@@ -79,6 +81,22 @@ def test_tasks_of_a_scheduler_find_each_other():
   # JAX would take all GPUs but one away from it.
   out, err = alone.communicate(timeout=100)
   assert (out, err) == ("process 0 of 1 [1] False\n", "")
+
+
+@pytest.mark.slow
+def test_process_whose_others_do_not_come(folder):
+  """JAX aborts then."""
+  code = "distributed.JOIN_SECONDS = 3; flags.FLAGS(['', {}])".format(
+    "'--coordinator_address=localhost:9', '--num_processes=2', '--process_id=1'"
+  )
+  process = run_program({}, "1", code)
+  out, err = process.communicate(timeout=100)
+  assert process.returncode != 0 and out == ""
+  assert err.splitlines()[-1] == (
+    "error: the processes of this run did not find each other, see above; "
+    "start all of them, each with its own --process_id, within 3 s, and let "
+    "--coordinator_address name a host and port that all can reach"
+  )
 
 
 @pytest.mark.slow

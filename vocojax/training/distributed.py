@@ -25,7 +25,16 @@ from jax.experimental import multihost_utils
 
 from vocojax.errors import UserError
 
+JOIN_SECONDS = 300  # in which all processes must have started
 HEARTBEAT_SECONDS = 30  # of silence, after which a process counts as dead
+# A variable of each scheduler that JAX finds the other processes with: SLURM,
+# Open MPI, Cloud TPU (JAX sets it where there are chips), Kubernetes jobs.
+_SCHEDULERS = (
+  "SLURM_JOB_ID",
+  "OMPI_MCA_orte_hnp_uri",
+  "TPU_ML_PLATFORM",
+  "JOB_COMPLETION_INDEX",
+)
 _FLAGS = ("coordinator_address", "num_processes", "process_id")
 # What errors of collectives and barriers speak of when a process has died; JAX
 # raises some as ValueError.
@@ -56,30 +65,48 @@ def joined():
   Raises:
     UserError: the flags do not go together, or the others do not come.
   """
-  _join()
-  if not jax.distributed.is_initialized():
+  if not _join():
     yield
     return
-  # JAX's own watch ends a process without a chance for Python to say why. This
-  # shell does, once we are gone without having told it that all is well.
-  message = (
+  _last_words(
     f"error: {name()} ended abruptly: another process is gone, which the lines "
     f"above tell, or this one was killed or out of memory; {_AGAIN}"
-  )
-  global _watcher
-  _watcher = subprocess.Popen(
-    ["sh", "-c", 'read -r _ || echo "$0" >&2', message],
-    stdin=subprocess.PIPE,
-    start_new_session=True,
   )
   try:
     yield
   except BaseException as e:
     leave(e)
-  _watcher.communicate(b"well\n")
+  _last_words("")
 
 
 _watcher: subprocess.Popen | None = None
+_WATCH = """
+while read -r line; do
+  [ "$line" ] || exit 0
+  words=$line
+done
+echo "$words" >&2
+"""
+
+
+def _last_words(words: str) -> None:
+  """What shall be on stderr if this process ends from now on; '' for nothing.
+
+  JAX's own watch over the processes ends them without a chance for Python to
+  say why. A shell says it, once this process is gone.
+  """
+  global _watcher
+  if _watcher is None:
+    _watcher = subprocess.Popen(
+      ["sh", "-c", _WATCH], stdin=subprocess.PIPE, start_new_session=True
+    )
+  if words:
+    assert _watcher.stdin
+    _watcher.stdin.write(f"{words}\n".encode())
+    _watcher.stdin.flush()
+  else:
+    _watcher.communicate(b"\n")
+    _watcher = None
 
 
 def leave(e: BaseException) -> None:
@@ -91,7 +118,7 @@ def leave(e: BaseException) -> None:
   if _watcher is None:
     return
   status = _report(e, name())
-  _watcher.communicate(b"well\n")
+  _last_words("")
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(status)
@@ -119,13 +146,16 @@ def _report(e: BaseException, who: str) -> int:
   return 1
 
 
-def _join() -> None:
+def _join() -> bool:
+  """Whether this process now is one of several, or could be."""
   values = flags.FLAGS.flag_values_dict()
   address, count, index = (values[name] for name in _FLAGS)
   missing = [name for name in _FLAGS if values[name] is None]
   if len(missing) == len(_FLAGS):
-    if not _scheduled():
-      return
+    scheduled = any(name in os.environ for name in _SCHEDULERS)
+    # Of a single SLURM task JAX would take all GPUs but one away.
+    if not scheduled or os.environ.get("SLURM_NTASKS") == "1":
+      return False
   elif missing:
     raise UserError(
       f"--{missing[0]}: missing; --{', --'.join(_FLAGS)} are given together, "
@@ -141,34 +171,28 @@ def _join() -> None:
       f"--coordinator_address={address}: expected HOST:PORT of process 0, such "
       "as 10.0.0.1:8476"
     )
+  alone = (
+    "the processes of this run did not find each other{}; start all of them, "
+    f"each with its own --process_id, within {JOIN_SECONDS} s, and let "
+    "--coordinator_address name a host and port that all can reach"
+  )
+  _last_words("error: " + alone.format(", see above"))
   try:
     jax.distributed.initialize(
-      address, count, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+      address,
+      count,
+      index,
+      initialization_timeout=JOIN_SECONDS,
+      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
   except (ValueError, RuntimeError) as e:
+    _last_words("")
     if missing and str(e) == "coordinator_address should be defined.":
       _check_pod()
-      return  # no scheduler that JAX knows: one process
-    raise UserError(
-      f"the processes of this run did not find each other ("
-      f"{' '.join(str(e).split())[:200]}); start all of them, each with its "
-      "own --process_id and the same --coordinator_address, whose port every "
-      "host can reach"
-    ) from e
-
-
-def _scheduled() -> bool:
-  """Whether JAX may look for a scheduler that started several processes.
-
-  Of a single SLURM task it would take all GPUs but one away, and in a pod that
-  is no part of a job it would ask the Kubernetes API, which few pods may.
-  """
-  several = ("JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES", "SLURM_JOB_ID")
-  if os.environ.get("SLURM_NTASKS") == "1":
-    return False
-  return "KUBERNETES_SERVICE_HOST" not in os.environ or any(
-    name in os.environ for name in several
-  )
+      return False  # no scheduler that JAX knows: one process
+    why = " ".join(str(e).split())[:200]
+    raise UserError(alone.format(f" ({why})")) from e
+  return True
 
 
 def _check_pod() -> None:
