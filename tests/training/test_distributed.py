@@ -212,16 +212,15 @@ def test_script_runs_and_ctrl_c_ends_all(folder):
     env=os.environ | runs.cached(folder),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
-    text=True,
     start_new_session=True,
   )
   phase = folder / "script" / "voco"
   test_resume.wait_for(script, lambda: test_resume.steps(phase))
   os.killpg(script.pid, signal.SIGINT)  # what Ctrl-C does
-  out, err = script.communicate(timeout=60)
+  out, err = (x.decode() for x in script.communicate(timeout=60))
   assert script.returncode == 130
   assert err == "interrupted\n"
-  assert all(re.match(r"\[[01]\] |[\d. ]*$", x) for x in out.split("\n")), out
+  assert all(re.match(r"\[[01]\] |$", x) for x in out.split("\n")), out
   assert "[0] error: process 0 of 2: interrupted" in out, out
   listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True)
   assert f"--workdir={folder / 'script'}" not in listed.stdout

@@ -295,7 +295,7 @@ def test_evaluation_on_two_hosts(folder, one_device):
   assert found == expected
   answers = expected["voco"][1]
   assert len(answers) == 10
-  assert len({x["prediction"] for x in answers}) >= 3
+  assert len({x["prediction"] for x in answers}) >= 2
 
 
 @pytest.mark.slow
