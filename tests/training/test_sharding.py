@@ -288,6 +288,10 @@ def test_batch_that_cannot_be_split():
     ({0: {(0, 8)}, 1: {(0, 8)}}, [(0, 1), (0, 1)]),
     # 1 x 2 x 3 over three processes of two devices.
     ({0: {(0, 4)}, 1: {(0, 4), (4, 8)}, 2: {(4, 8)}}, None),
+    (
+      {0: {(0, 2), (2, 4)}, 1: {(2, 4), (4, 6)}, 2: {(4, 6), (0, 2)}},
+      None,
+    ),
   ],
 )
 def test_share_of_the_batch(rows_of, expected):
