@@ -438,6 +438,7 @@ def test_frozen_parameters_must_come_from_somewhere(saved, folder):
     ([24], 3, [8, 8, 8]),
     ([8, 8, 8], 2, [12, 12]),
     ([8, 9], 2, [8, 9]),
+    ([{"row": 5}] * 2, 1, [{"row": 5}]),
     ([8, 9], 1, None),
     ([3, 3], 4, None),
   ],
@@ -449,14 +450,19 @@ def test_data_in_another_number_of_shares(
   phase, _ = saved
   shutil.copytree(phase.folder, tmp_path / "run")
   where = tmp_path / "run" / "checkpoints" / "3"
-  states = [{"next_record": n} for n in shares]
-  (where / "data" / "metadata").write_text(json.dumps({"shares": states}))
+
+  def states(values):
+    return [x if isinstance(x, dict) else {"next_record": x} for x in values]
+
+  (where / "data" / "metadata").write_text(
+    json.dumps({"shares": states(shares)})
+  )
   checkpoints = checkpoint.Checkpointer(
     tmp_path / "run", phase.config, phase.tokenizer
   )
   if expected:
     _, found, _ = checkpoints.restore(STEP, abstract(phase), count)
-    assert found == [{"next_record": n} for n in expected]
+    assert found == states(expected)
   else:
     with pytest.raises(CheckpointError) as e:
       checkpoints.restore(STEP, abstract(phase), count)

@@ -159,22 +159,23 @@ def _reshare(path: pathlib.Path, shares: list[dict], count: int) -> list[dict]:
   """States of the iterators over the data in `count` shares.
 
   Shares that read as many records each have together read the first so many of
-  the one order, however it is shared.
+  the one order, however it is shared. What else an iterator may keep belongs to
+  whole batches and so is the same in all shares, of any number.
   """
   if len(shares) == count:
     return shares
-  read = shares[0].get("next_record", 0) * len(shares)
-  together = all(
-    share == {"next_record": read / len(shares)} for share in shares
+  if all(share == shares[0] for share in shares):
+    if shares[0].keys() != {"next_record"}:
+      return [shares[0]] * count
+    read = shares[0]["next_record"] * len(shares)
+    if read % count == 0:
+      return [{"next_record": read // count}] * count
+  raise CheckpointError(
+    f"{path}: its data was read in {len(shares)} shares that are not equally "
+    f"far, as when bad records were skipped, and this run has {count}; go on "
+    "with as many hosts as wrote it, or start a new --workdir with "
+    "config.init_from"
   )
-  if not together or read % count:
-    raise CheckpointError(
-      f"{path}: its data was read in {len(shares)} shares that are not equally "
-      f"far, as when bad records were skipped, and this run has {count}; go on "
-      "with as many hosts as wrote it, or start a new --workdir with "
-      "config.init_from"
-    )
-  return [{"next_record": read // count}] * count
 
 
 def _check_same(path: pathlib.Path, saved: dict, config: Config) -> None:
