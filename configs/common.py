@@ -140,7 +140,7 @@ def get_config() -> ConfigDict:
   c.training.evaluate = False  # generate answers and score them at the end
 
   c.mesh = ConfigDict()  # devices along each axis; -1 is all the rest
-  c.mesh.data = 1  # replicas
+  c.mesh.data = 1  # replicas; a multiple of the number of TPU slices
   c.mesh.fsdp = -1  # shards of weights, gradients and optimiser state
   c.mesh.tensor = 1  # shards within a layer
 

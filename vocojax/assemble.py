@@ -27,7 +27,7 @@ from vocojax.evals import answers
 from vocojax.inference.engine import Engine
 from vocojax.models.compressors import StreamTokens
 from vocojax.models.vlm import VisionLanguageModel
-from vocojax.training import checkpoint, loop, sharding
+from vocojax.training import checkpoint, distributed, loop, sharding
 
 # (compressor trained with, compressor used): name and title of the result.
 _RESULTS = {
@@ -50,7 +50,7 @@ def make_workdir(path: str) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / ".write-test"
     probe.touch()
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # another host may have been faster
   except OSError as e:
     raise UserError(
       f"--workdir={path}: cannot be written to ({e.strerror}); choose another "
@@ -65,7 +65,8 @@ def tokenizer_for(
   """The tokenizer of the config; easy-VQA may do without one of its own.
 
   Without `config.data.tokenizer`, a word-level tokenizer is made from the
-  questions and answers of easy-VQA's training split and saved in the workdir.
+  questions and answers of easy-VQA's training split and saved in the workdir;
+  of several hosts, the first one does so.
 
   Raises:
     ConfigError: no tokenizer is named for another source.
@@ -74,7 +75,7 @@ def tokenizer_for(
   folder = config.data.tokenizer
   if not folder and config.data.source == "easy_vqa":
     folder = workdir / "tokenizer"
-    if not folder.is_dir():
+    if jax.process_index() == 0 and not folder.is_dir():
       texts = (
         text
         for i in range(len(source))
@@ -83,6 +84,7 @@ def tokenizer_for(
         for text in turn
       )
       build_word_level(texts).save_pretrained(folder)
+    distributed.gather(None)  # wait for it
   if not folder:
     raise ConfigError(
       "config.data.tokenizer: not set, expected a Hugging Face tokenizer "
@@ -123,6 +125,9 @@ def evaluate(
 ) -> None:
   """Scores a checkpoint, writes the result and prints it in one line.
 
+  Of several hosts each answers a part of the questions, on its own devices and
+  with all weights, and the first one writes.
+
   Args:
     loaded: the checkpoint.
     workdir: the result goes to its folder `evaluation`.
@@ -152,6 +157,8 @@ def evaluate(
   found = answers.answer_questions(
     config, model, params, loaded.tokenizer, source, title, int8
   )
+  if jax.process_index():
+    return
   result = answers.write(
     workdir / "evaluation",
     name,
@@ -182,13 +189,13 @@ def with_compressor(
 
 
 def _load_model(loaded: checkpoint.Loaded, config: Config):
-  """The model of the config and the checkpoint's parameters.
+  """The model and the checkpoint's parameters, on this host's devices.
 
   Raises:
     CheckpointError: it lacks some.
   """
   model = make_model(config, loaded.tokenizer)
-  mesh = sharding.make_mesh(config.mesh)
+  mesh = sharding.local_mesh(config.mesh)
   params, missing = checkpoint.load_params(
     str(loaded.path), loop.abstract_params(model, mesh), config.model
   )

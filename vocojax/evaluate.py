@@ -9,13 +9,15 @@ names one; NAME then ends in it, as it does in `int8` with `--int8`. Read next:
 evals/answers.py.
 """
 
+import jax
 from absl import flags, logging
 
 from vocojax import assemble, cli
 from vocojax.data import prompt
 from vocojax.evals.report import write_report
-from vocojax.training import checkpoint
+from vocojax.training import checkpoint, distributed
 
+distributed.define_flags()
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
   None,
@@ -44,11 +46,19 @@ _INT8 = flags.DEFINE_bool(
 
 def main() -> None:
   logging.set_verbosity(logging.WARNING)
+  with distributed.joined():
+    distributed.ignore_preemption()
+    _run()
+
+
+def _run() -> None:
   loaded = checkpoint.load(_CHECKPOINT.value, _LAYOUT.value or "")
   workdir = loaded.path.parents[2]
   compressor = _COMPRESSOR.value or loaded.config.model.compressor.name
   command = assemble.command_line("vocojax.evaluate")
   assemble.evaluate(loaded, workdir, compressor, command, _INT8.value)
+  if jax.process_index():
+    return
   if (workdir / "evaluation" / "voco.json").exists():
     print(f"report: {write_report(workdir)}")
 

@@ -2,8 +2,9 @@
 
   python -m vocojax.train --config=configs/easyvqa_1tok.py --workdir=DIR
 
-Started again with the same workdir it goes on where it stopped. Read next:
-training/loop.py.
+Started again with the same workdir it goes on where it stopped. On several
+hosts it is started on each, with the same workdir on a file system that all
+share. Read next: training/loop.py.
 """
 
 import dataclasses
@@ -16,9 +17,10 @@ from vocojax import assemble, cli
 from vocojax.config import Config, phases
 from vocojax.data.sources import make_source
 from vocojax.evals.report import write_report
-from vocojax.training import checkpoint, loop, sharding
+from vocojax.training import checkpoint, distributed, loop, sharding
 
 _CONFIG = cli.define_config()
+distributed.define_flags()
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
@@ -30,7 +32,14 @@ _WORKDIR = flags.DEFINE_string(
 def main() -> None:
   logging.set_verbosity(logging.WARNING)
   plan = phases(_CONFIG.value)
+  with distributed.joined():
+    _run(plan)
+
+
+def _run(plan: tuple[Config, ...]) -> None:
+  """All phases and the evaluation."""
   workdir = assemble.make_workdir(_WORKDIR.value)
+  distributed.check_shared(workdir)
   if plan[-1].training.evaluate:
     # A mistake in it should not wait until everything is trained.
     make_source(plan[-1].data, plan[-1].evaluation.split)
@@ -41,7 +50,8 @@ def main() -> None:
     try:
       _train(config, workdir)
     except loop.Stopped as e:
-      print(e)
+      if jax.process_index() == 0:
+        print(e)
       return
     before = str(workdir / config.name)
   if plan[-1].training.evaluate:
@@ -67,6 +77,7 @@ def _train(config: Config, workdir: pathlib.Path) -> None:
 
 def _evaluate(plan: tuple[Config, ...], workdir: pathlib.Path) -> None:
   """The last phase and, if asked for, the bounds from the `full` phase."""
+  distributed.ignore_preemption()
   command = assemble.command_line("vocojax.train")
   runs = [(plan[-1], plan[-1].model.compressor.name)]
   if plan[-1].evaluation.bounds:
@@ -75,7 +86,7 @@ def _evaluate(plan: tuple[Config, ...], workdir: pathlib.Path) -> None:
   for config, compressor in runs:
     loaded = checkpoint.load(str(workdir / config.name))
     assemble.evaluate(loaded, workdir, compressor, command)
-  if plan[-1].model.compressor.name == "voco":
+  if plan[-1].model.compressor.name == "voco" and jax.process_index() == 0:
     print(f"report: {write_report(workdir)}")
 
 

@@ -20,6 +20,7 @@ from vocojax.errors import CheckpointError, ConfigError
 from vocojax.training import checkpoint, loop, metrics, sharding, state, step
 
 STEP = 3
+SHARES = [{"next_record": 4 * STEP}]  # of the data, after STEP batches
 PROGRESS = {"loss": 0.1 + 0.2, "tokens": 7.0, "bad_records": 2}
 OPTIMIZER = optax.adam(0.1)
 
@@ -67,15 +68,13 @@ def random_state(model, at=STEP):
   return state.TrainState(jnp.int32(at), params, moments)
 
 
-def save(config, folder, steps=(STEP,), iterator=None):
+def save(config, folder, steps=(STEP,)):
   """A phase folder with a checkpoint of random weights."""
   phase = runs.phase(config, folder)
   checkpoints = checkpoint.Checkpointer(folder, config, phase.tokenizer)
-  iterator = iterator or batches(phase)
   for at in steps:
-    checkpoints.save(random_state(phase.model, at), iterator, dict(PROGRESS))
+    checkpoints.save(random_state(phase.model, at), SHARES, dict(PROGRESS))
   checkpoints.close()
-  iterator.close()
   return phase
 
 
@@ -88,12 +87,14 @@ def saved(folder):
   for _ in range(STEP):
     next(iterator)
   checkpoints = checkpoint.Checkpointer(phase.folder, config, phase.tokenizer)
-  checkpoints.save(random_state(phase.model), iterator, dict(PROGRESS))
+  shares = [iterator.get_state()]
+  assert shares == SHARES
+  checkpoints.save(random_state(phase.model), shares, dict(PROGRESS))
   following = next(iterator)
   # The same step again: what is there stays.
   other = random_state(phase.model, 5)
   other = dataclasses.replace(other, step=jnp.int32(STEP))
-  checkpoints.save(other, iterator, {})
+  checkpoints.save(other, [], {})
   checkpoints.close()
   iterator.close()
   return phase, following
@@ -133,7 +134,8 @@ def test_restore_gives_everything_back(saved, sizes):
   assert checkpoints.latest == STEP
   iterator = batches(phase)
   wanted = abstract(phase, sizes)
-  found, progress = checkpoints.restore(STEP, wanted, iterator)
+  found, (share,), progress = checkpoints.restore(STEP, wanted, 1)
+  iterator.set_state(share)
   checkpoints.close()
   assert_equal_trees(found, random_state(phase.model))
   for x, want in zip(
@@ -160,17 +162,16 @@ def test_progress_is_that_of_the_moment_of_saving(folder, monkeypatch):
   config = config_of(folder)
   phase = runs.phase(config, folder / "race")
   checkpoints = checkpoint.Checkpointer(phase.folder, config, phase.tokenizer)
-  sums, iterator = metrics.Sums(), batches(phase)
+  sums = metrics.Sums()
   before = dict(sums.values)
-  checkpoints.save(random_state(phase.model), iterator, sums.values)
-  one = dict.fromkeys(before, 1.0)
-  sums.add(one, bad_records=1)
+  checkpoints.save(random_state(phase.model), SHARES, sums.values)
+  sums.add(dict.fromkeys(before, 1.0))
+  sums.values["bad_records"] += 1
   checkpoints.wait()
   assert sums.values != before
   path = checkpoints.path(STEP) / "progress" / "metadata"
   assert json.loads(path.read_text()) == before
   checkpoints.close()
-  iterator.close()
 
 
 def test_keeps_the_newest(folder):
@@ -189,7 +190,7 @@ def test_another_model_is_refused(saved, folder):
   config = config_of(folder, llm=llm)
   checkpoints = checkpoint.Checkpointer(phase.folder, config, phase.tokenizer)
   with pytest.raises(CheckpointError) as e:
-    checkpoints.restore(STEP, abstract(phase), batches(phase))
+    checkpoints.restore(STEP, abstract(phase), 1)
   checkpoints.close()
   assert str(e.value) == (
     f"{phase.folder}/checkpoints/3: was written with "
@@ -236,7 +237,7 @@ def test_another_prompt_layout_is_refused(saved, tmp_path, layout, message):
     tmp_path / "run", phase.config, phase.tokenizer
   )
   with pytest.raises(CheckpointError) as e:
-    checkpoints.restore(STEP, abstract(phase), batches(phase))
+    checkpoints.restore(STEP, abstract(phase), 1)
   checkpoints.close()
   assert str(e.value) == (
     f"{where}: {message}use another --workdir, or config.init_from to start "
@@ -274,7 +275,7 @@ def test_weights_without_a_run(saved, tmp_path):
   )
   assert checkpoints.latest == 0
   with pytest.raises(CheckpointError) as e:
-    checkpoints.restore(0, abstract(phase), batches(phase))
+    checkpoints.restore(0, abstract(phase), 1)
   checkpoints.close()
   assert str(e.value) == (
     f"{where}: holds weights without a run to go on with; use another "
@@ -428,3 +429,46 @@ def test_frozen_parameters_must_come_from_somewhere(saved, folder):
     fresh_params(phase.model, freeze=("^vision/",))
   found = fresh_params(phase.model, str(phase.folder), ("^vision/",))
   assert_equal_trees(found, random_state(phase.model).params)
+
+
+@pytest.mark.parametrize(
+  "shares, count, expected",
+  [
+    ([24], 1, [24]),
+    ([24], 3, [8, 8, 8]),
+    ([8, 8, 8], 2, [12, 12]),
+    ([8, 9], 2, [8, 9]),
+    ([{"row": 5}] * 2, 1, [{"row": 5}]),
+    ([8, 9], 1, None),
+    ([3, 3], 4, None),
+  ],
+)
+def test_data_in_another_number_of_shares(
+  saved, tmp_path, shares, count, expected
+):
+  """Each share has every n-th record of one order; see data/pipeline.py."""
+  phase, _ = saved
+  shutil.copytree(phase.folder, tmp_path / "run")
+  where = tmp_path / "run" / "checkpoints" / "3"
+
+  def states(values):
+    return [x if isinstance(x, dict) else {"next_record": x} for x in values]
+
+  (where / "data" / "metadata").write_text(
+    json.dumps({"shares": states(shares)})
+  )
+  checkpoints = checkpoint.Checkpointer(
+    tmp_path / "run", phase.config, phase.tokenizer
+  )
+  if expected:
+    _, found, _ = checkpoints.restore(STEP, abstract(phase), count)
+    assert found == states(expected)
+  else:
+    with pytest.raises(CheckpointError) as e:
+      checkpoints.restore(STEP, abstract(phase), count)
+    assert str(e.value) == (
+      f"{where}: its data was read in 2 shares that are not equally far, as "
+      f"when bad records were skipped, and this run has {count}; go on with as "
+      "many hosts as wrote it, or start a new --workdir with config.init_from"
+    )
+  checkpoints.close()

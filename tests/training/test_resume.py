@@ -11,7 +11,6 @@ import signal
 import subprocess
 import time
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -98,7 +97,7 @@ def uninterrupted(folder):
 
 
 def saved(phase: pathlib.Path):
-  """Step, arrays by path, iterator state and sums of the last checkpoint."""
+  """Step, arrays by path, iterator states and sums of the last checkpoint."""
   (step,) = steps(phase)  # keep_checkpoints is 1
   where = phase / "checkpoints" / str(step)
   arrays = {}
@@ -114,9 +113,10 @@ def saved(phase: pathlib.Path):
       )
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
       arrays[item + jax.tree_util.keystr(path)] = np.asarray(x)
-  (state,) = (where / "data").glob("process_*")
-  progress = (where / "progress" / "metadata").read_text()
-  return step, arrays, state.read_text(), progress
+  data, progress = (
+    (where / item / "metadata").read_text() for item in ("data", "progress")
+  )
+  return step, arrays, data, progress
 
 
 def next_batch(phase: pathlib.Path) -> pipeline.Batch:
@@ -132,7 +132,8 @@ def next_batch(phase: pathlib.Path) -> pipeline.Batch:
       source, encoder, config.data, config.seed, 0, 1, config.data.batch_size
     )
   )
-  grain.checkpoint.CheckpointHandler().restore(loaded.path / "data", iterator)
+  (share,) = checkpoint.read_json(loaded.path, "data")["shares"]
+  iterator.set_state(share)
   batch = next(iterator)
   iterator.close()
   return batch

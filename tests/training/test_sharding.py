@@ -274,3 +274,104 @@ def test_batch_that_cannot_be_split():
     "config.data.batch_size: 24 is not a multiple of 16 (4 shards of the mesh "
     "axes data x fsdp, times config.training.accumulate 4)"
   )
+
+
+@pytest.mark.parametrize(
+  "rows_of, expected",
+  [
+    # Each process its own rows, also where the mesh scatters them.
+    ({0: {(0, 4)}, 1: {(4, 8)}}, [(0, 2), (1, 2)]),
+    ({0: {(4, 6), (6, 8)}, 1: {(0, 2), (2, 4)}}, [(1, 2), (0, 2)]),
+    ({0: {(0, 2), (4, 6)}, 1: {(2, 4), (6, 8)}}, [(0, 2), (1, 2)]),
+    # An axis `tensor` over two processes, and over all.
+    ({0: {(0, 4)}, 1: {(0, 4)}, 2: {(4, 8)}, 3: {(4, 8)}}, [0, 0, 1, 1]),
+    ({0: {(0, 8)}, 1: {(0, 8)}}, [(0, 1), (0, 1)]),
+    # 1 x 2 x 3 over three processes of two devices.
+    ({0: {(0, 4)}, 1: {(0, 4), (4, 8)}, 2: {(4, 8)}}, None),
+    (
+      {0: {(0, 2), (2, 4)}, 1: {(2, 4), (4, 6)}, 2: {(4, 6), (0, 2)}},
+      None,
+    ),
+  ],
+)
+def test_share_of_the_batch(rows_of, expected):
+  if expected is None:
+    with pytest.raises(ConfigError) as e:
+      sharding.share_of(0, rows_of)
+    assert str(e.value) == (
+      "config.mesh: some of the 3 processes would hold a part of the rows that "
+      "another one holds; choose data x fsdp as a multiple or a divisor of the "
+      "number of processes"
+    )
+    return
+  found = [sharding.share_of(process, rows_of) for process in rows_of]
+  assert found == [x if isinstance(x, tuple) else (x, 2) for x in expected]
+
+
+def test_one_process_loads_all():
+  assert sharding.data_share(runs.mesh(2, 2, 2), 8) == (0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What the placement reads of a TPU v4 device."""
+
+  id: int
+  slice_index: int
+  coords: tuple[int, int, int]
+  platform: str = "tpu"
+  device_kind: str = "TPU v4"
+  core_on_chip: int = 0
+
+  @property
+  def process_index(self):
+    return self.id // 4
+
+
+def chips(slices):
+  """Slices of 2 x 4 chips, in an order that says nothing."""
+  found = [
+    Chip(8 * s + 2 * y + x, s, (x, y, 0))
+    for x in range(2)
+    for y in range(4)
+    for s in range(slices)
+  ]
+  return found
+
+
+@pytest.mark.parametrize("sizes", [(2, 8, 1), (2, 2, 4), (4, 4, 1)])
+def test_only_data_goes_over_slices(sizes):
+  grid = sharding.arrange(list(sizes), chips(2))
+  assert grid.shape == sizes
+  assert len({d.id for d in grid.flat}) == 16
+  for replica in grid:
+    assert len({d.slice_index for d in replica.flat}) == 1
+  # Neighbours in a slice, as on one slice alone.
+  alone = sharding.arrange([sizes[0] // 2, *sizes[1:]], chips(1))
+  half = grid[: sizes[0] // 2]
+  assert [d.coords for d in half.flat] == [d.coords for d in alone.flat]
+
+
+def test_mesh_that_would_cut_slices():
+  with pytest.raises(ConfigError) as e:
+    sharding.arrange([1, 16, 1], chips(2))
+  assert str(e.value) == (
+    "config.mesh.data: found 1, expected a multiple of the 2 slices, since "
+    "fsdp and tensor stay inside a slice; set it to 2 and fsdp to -1"
+  )
+
+
+@pytest.mark.parametrize(
+  "config, expected",
+  [
+    ((1, -1, 1), (1, 8, 1)),
+    ((-1, 1, 1), (8, 1, 1)),
+    ((1, 16, 2), (1, 4, 2)),  # of 32 devices
+    ((2, 4, 16), (1, 1, 8)),
+    ((1, 3, 1), (8, 1, 1)),
+  ],
+)
+def test_mesh_of_one_host(config, expected):
+  """An axis is never cut finer than the config does."""
+  mesh = sharding.local_mesh(MeshConfig(*config))
+  assert tuple(mesh.shape.values()) == expected

@@ -88,7 +88,7 @@ def make_model(config: Config) -> VisionLanguageModel:
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, Any]:
   """Shapes of what data/pipeline.py makes."""
   data, size = config.data, config.model.vision.image_size
-  shapes = {
+  shapes: dict[str, tuple[tuple[int, ...], Any]] = {
     "images": ((data.max_images, size, size, 3), np.uint8),
     "image_group_ids": ((data.max_images,), np.int32),
   }

@@ -1,6 +1,8 @@
 """Asks a model every question of a split and compares its answers as strings.
 
-Read next: inference/engine.py, report.py (which reads what is written here).
+Of several processes each asks its own block of the records, with an engine of
+its own. Read next: inference/engine.py, report.py (which reads what is written
+here).
 """
 
 import collections
@@ -23,6 +25,7 @@ from vocojax.data import pipeline
 from vocojax.data.sources import Record, Source
 from vocojax.inference.engine import Engine, Request
 from vocojax.models.vlm import VisionLanguageModel
+from vocojax.training import distributed
 
 SLOTS_PER_RECORD = 2  # questions answered at once, for each record of a batch
 PREFILLS = 4  # calls that fill all slots: few, but none mostly empty
@@ -37,9 +40,10 @@ class Evaluation:
   Attributes:
     predictions: one dict a question: record_id, question, answer, prediction,
       category.
-    seconds: compression and answering, without compilation.
-    kept: image, attention [L, H, K, patches] and id of some records, where the
-      compressor is 'voco'.
+    seconds: compression and answering, without compilation; of the slowest
+      process.
+    kept: image, attention [L, H, K, patches] and id of some records of the
+      first process, where the compressor is 'voco'.
   """
 
   predictions: list[dict[str, str]]
@@ -96,15 +100,20 @@ def answer_questions(
     prefill_rows=-(-slots // PREFILLS),
   )
   total = min(len(source), evaluation.max_records or len(source))
-  batches = _batches(config, source, total)
+  index, count = jax.process_index(), jax.process_count()
+  block = _Block(
+    source, range(total)[total * index // count : total * (index + 1) // count]
+  )
+  batches = _batches(config, block)
   asked: list[_Asked] = []
   kept: list[tuple[str, np.ndarray]] = []
   bar = tqdm.tqdm(
-    total=total,
+    total=len(block),
     desc=f"answers of {title}",
     unit="image",
     mininterval=1 if sys.stderr.isatty() else 20,
     dynamic_ncols=True,
+    disable=index > 0,
   )
   seconds = 0.0
   for number, (records, images) in enumerate(batches):
@@ -117,33 +126,47 @@ def answer_questions(
     asked += found
     bar.update(len(records))
   bar.close()
+  predictions = [
+    {
+      "record_id": a.record_id,
+      "question": a.question,
+      "answer": a.truth,
+      "prediction": a.prediction,
+      "category": category(a.question, a.truth),
+    }
+    for a in asked
+  ]
+  blocks = distributed.gather((predictions, seconds))
   return Evaluation(
-    [
-      {
-        "record_id": a.record_id,
-        "question": a.question,
-        "answer": a.truth,
-        "prediction": a.prediction,
-        "category": category(a.question, a.truth),
-      }
-      for a in asked
-    ],
-    seconds,
+    [one for predictions, _ in blocks for one in predictions],
+    max(seconds for _, seconds in blocks),
     _attention(model, params, kept),
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Block:
+  """The records of a source that one process asks about."""
+
+  source: Source
+  indices: range
+
+  def __len__(self) -> int:
+    return len(self.indices)
+
+  def __getitem__(self, index: int) -> Record:
+    return self.source[self.indices[index]]
+
+
 def _batches(
-  config: Config, source: Source, total: int
+  config: Config, source: Source
 ) -> Iterator[tuple[list[Record], list[np.ndarray]]]:
   """Records in order with their images, uint8 [F, S, S, 3] each."""
   records, images = [], []
   pairs = pipeline.eval_records(
     source, config.model.vision.image_size, config.data, logging.warning
   )
-  for number, (record, pixels) in enumerate(pairs):
-    if number == total:
-      break
+  for record, pixels in pairs:
     records.append(record)
     images.append(pixels)
     if len(records) == config.evaluation.batch_size:

@@ -1,11 +1,12 @@
 """Checkpoints: all that a run is, in one folder. Read next: `loop.py`.
 
-PHASE/checkpoints/STEP holds `params`, `optimizer` (state and step), `data` (the
-Grain iterator), `config`, `tokenizer` (its files), `layout` (name and version
-of the prompt layout) and `progress` (metrics that are summed but not logged
-yet). Orbax writes them in the background and renames the folder when it is
-complete, so a half-written one is never picked up. Whoever only wants weights
-needs `params`, `config`, `tokenizer` and `layout`.
+PHASE/checkpoints/STEP holds `params`, `optimizer` (state and step), `data` (how
+far each share of the data was read), `config`, `tokenizer` (its files),
+`layout` (name and version of the prompt layout) and `progress` (metrics that
+are summed but not logged yet). Orbax writes them in the background, all hosts
+together, and the first host renames the folder when it is complete, so a
+half-written one is never picked up. Whoever only wants weights needs `params`,
+`config`, `tokenizer` and `layout`.
 """
 
 import contextlib
@@ -14,7 +15,6 @@ import json
 import pathlib
 import tempfile
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 import transformers
@@ -56,7 +56,10 @@ class Checkpointer:
     self._manager = ocp.CheckpointManager(
       self._folder.absolute(),
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=config.training.keep_checkpoints
+        max_to_keep=config.training.keep_checkpoints,
+        # Otherwise each host lists the folder, and file systems that hosts
+        # share may show a new checkpoint to some of them only.
+        single_host_load_and_broadcast=True,
       ),
     )
 
@@ -68,8 +71,16 @@ class Checkpointer:
   def path(self, step: int) -> pathlib.Path:
     return self._folder / str(step)
 
-  def save(self, train_state: TrainState, iterator, progress: dict) -> None:
-    """Starts writing; a step that is already there is left as it is."""
+  def save(
+    self, train_state: TrainState, shares: list[dict], progress: dict
+  ) -> None:
+    """Starts writing; a step that is already there is left as it is.
+
+    Args:
+      train_state: parameters and optimiser state, after this step.
+      shares: state of the iterator over each share of the data.
+      progress: sums of metrics that are not logged yet.
+    """
     step = int(train_state.step)
     if step in self._manager.all_steps():
       return
@@ -79,7 +90,7 @@ class Checkpointer:
       args=ocp.args.Composite(
         params=ocp.args.StandardSave(train_state.params),
         optimizer=ocp.args.StandardSave(optimizer),
-        data=grain.checkpoint.CheckpointSave(iterator),
+        data=ocp.args.JsonSave({"shares": shares}),
         config=ocp.args.JsonSave(json.loads(self._config.to_json())),
         tokenizer=ocp.args.JsonSave(self._tokenizer),
         layout=ocp.args.JsonSave(self._layout.stamp()),
@@ -88,12 +99,21 @@ class Checkpointer:
       ),
     )
 
-  def restore(self, step: int, abstract: TrainState, iterator):
-    """The state laid out as `abstract`, and the progress; sets the iterator.
+  def restore(
+    self, step: int, abstract: TrainState, shard_count: int
+  ) -> tuple[TrainState, list[dict], dict]:
+    """The state laid out as `abstract`, iterator states, and the progress.
+
+    The devices, hosts and mesh may be others than those it was written on.
+
+    Args:
+      step: which checkpoint.
+      abstract: shapes, dtypes and shardings.
+      shard_count: how many shares the data now has.
 
     Raises:
-      CheckpointError: the checkpoint belongs to another model, prompt or data
-        order.
+      CheckpointError: the checkpoint belongs to another model or prompt, or
+        its shares of the data cannot be cut into `shard_count`.
     """
     where = self.path(step)
     if not (where / "optimizer").is_dir():
@@ -115,7 +135,7 @@ class Checkpointer:
       args=ocp.args.Composite(
         params=ocp.args.StandardRestore(abstract.params),
         optimizer=ocp.args.StandardRestore(optimizer),
-        data=grain.checkpoint.CheckpointRestore(iterator),
+        data=ocp.args.JsonRestore(),
         progress=ocp.args.JsonRestore(),
       ),
     )
@@ -124,7 +144,8 @@ class Checkpointer:
       restored["params"],
       restored["optimizer"]["state"],
     )
-    return train_state, restored["progress"]
+    shares = _reshare(where, restored["data"]["shares"], shard_count)
+    return train_state, shares, restored["progress"]
 
   def wait(self) -> None:
     """Until what was started is on disk."""
@@ -132,6 +153,29 @@ class Checkpointer:
 
   def close(self) -> None:
     self._manager.close()
+
+
+def _reshare(path: pathlib.Path, shares: list[dict], count: int) -> list[dict]:
+  """States of the iterators over the data in `count` shares.
+
+  Shares that read as many records each have together read the first so many of
+  the one order, however it is shared. What else an iterator may keep belongs to
+  whole batches and so is the same in all shares, of any number.
+  """
+  if len(shares) == count:
+    return shares
+  if all(share == shares[0] for share in shares):
+    if shares[0].keys() != {"next_record"}:
+      return [shares[0]] * count
+    read = shares[0]["next_record"] * len(shares)
+    if read % count == 0:
+      return [{"next_record": read // count}] * count
+  raise CheckpointError(
+    f"{path}: its data was read in {len(shares)} shares that are not equally "
+    f"far, as when bad records were skipped, and this run has {count}; go on "
+    "with as many hosts as wrote it, or start a new --workdir with "
+    "config.init_from"
+  )
 
 
 def _check_same(path: pathlib.Path, saved: dict, config: Config) -> None:

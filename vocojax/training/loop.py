@@ -5,11 +5,9 @@ import dataclasses
 import functools
 import math
 import pathlib
-import signal
 import sys
 import time
 
-import grain
 import jax
 import numpy as np
 import optax
@@ -23,7 +21,15 @@ from vocojax.data import pipeline
 from vocojax.data.sources import Source
 from vocojax.errors import ConfigError, UserError
 from vocojax.models.vlm import VisionLanguageModel
-from vocojax.training import checkpoint, metrics, sharding, state, step
+from vocojax.training import (
+  checkpoint,
+  distributed,
+  metrics,
+  sharding,
+  state,
+  step,
+)
+from vocojax.training.feed import Feed
 from vocojax.training.optimizer import make_optimizer, schedule
 from vocojax.training.state import TrainState
 
@@ -33,7 +39,7 @@ class NotFiniteError(UserError):
 
 
 class Stopped(Exception):
-  """SIGTERM came; everything is saved."""
+  """SIGTERM came to a host; everything is saved."""
 
 
 @dataclasses.dataclass
@@ -186,7 +192,7 @@ def _run(phase: Phase) -> state.Params:
   training, freeze = config.training, config.optimizer.freeze
   sharding.check_batch(mesh, config.data.batch_size, training.accumulate)
   optimizer = make_optimizer(config.optimizer, phase.steps)
-  iterator = iter(_batches(phase))
+  feed = _feed(phase)
   checkpoints = checkpoint.Checkpointer(phase.folder, config, phase.tokenizer)
   try:
     abstract = abstract_state(config, phase.model, mesh, optimizer)
@@ -200,43 +206,41 @@ def _run(phase: Phase) -> state.Params:
       )(params)
       sums = metrics.Sums()
     else:
-      train_state, progress = checkpoints.restore(
-        checkpoints.latest, abstract, iterator
+      train_state, shares, progress = checkpoints.restore(
+        checkpoints.latest, abstract, feed.shard_count
       )
+      feed.go_to(shares)
       sums = metrics.Sums(progress)
-      if int(train_state.step) < phase.steps:
+      if int(train_state.step) < phase.steps and jax.process_index() == 0:
         print(
           f"{config.name}: resuming after step {int(train_state.step)} of "
           f"{phase.steps}",
           file=sys.stderr,
         )
     train_step = jit_train_step(config, phase.model, mesh, optimizer, abstract)
-    return _loop(phase, train_step, train_state, iterator, checkpoints, sums)
+    return _loop(phase, train_step, train_state, feed, checkpoints, sums)
+  except Stopped:
+    raise
+  except BaseException as e:
+    distributed.leave(e)
+    raise
   finally:
     checkpoints.close()
-    iterator.close()
+    feed.close()
 
 
-def _batches(phase: Phase) -> grain.IterDataset:
+def _feed(phase: Phase) -> Feed:
   config = phase.config
-  processes = jax.process_count()
-  return pipeline.train_dataset(
-    phase.source,
-    phase.encoder,
-    config.data,
-    config.seed,
-    jax.process_index(),
-    processes,
-    config.data.batch_size // processes,
-  )
+  return Feed(phase.source, phase.encoder, config.data, config.seed, phase.mesh)
 
 
-def _loop(phase, train_step, train_state, iterator, checkpoints, sums):
+def _loop(phase, train_step, train_state, feed, checkpoints, sums):
   """The steps themselves. A step's metrics are read while the next one runs."""
   config, training = phase.config, phase.config.training
   first = int(train_state.step)
   rate = schedule(config.optimizer, config.optimizer.learning_rate, phase.steps)
-  writer = metrics.MetricsWriter(phase.folder, first)
+  first_host = jax.process_index() == 0
+  writer = metrics.MetricsWriter(phase.folder, first) if first_host else None
   bar = tqdm.tqdm(
     initial=first,
     total=phase.steps,
@@ -244,9 +248,11 @@ def _loop(phase, train_step, train_state, iterator, checkpoints, sums):
     unit="step",
     mininterval=1 if sys.stderr.isatty() else 20,
     dynamic_ncols=True,
+    disable=not first_host,
   )
   started = time.perf_counter()
   since_log = first
+  bad_before = sums.values["bad_records"]
 
   def settle(number: int, values, bad_records: int) -> None:
     """Takes the metrics of a finished step."""
@@ -264,9 +270,10 @@ def _loop(phase, train_step, train_state, iterator, checkpoints, sums):
         f"{'no checkpoint was written yet' if good is None else where}; try a "
         "lower config.optimizer.learning_rate"
       )
-    sums.add(values, bad_records)
+    sums.add(values)
     if number % training.log_every and number != phase.steps:
       return
+    sums.values["bad_records"] = bad_before + feed.total(bad_records)
     seconds = time.perf_counter() - started
     line = sums.means() | {
       "learning_rate": float(np.asarray(rate(number - 1))),
@@ -278,7 +285,8 @@ def _loop(phase, train_step, train_state, iterator, checkpoints, sums):
       / seconds,
       "bad_records": sums.values["bad_records"],
     }
-    writer.write(number, line)
+    if writer:
+      writer.write(number, line)
     bar.set_postfix_str(
       f"loss {line['loss']:.4f}, answers right {line['answer_accuracy']:.1%}, "
       f"{line['images_per_second']:.0f} images/s",
@@ -287,51 +295,31 @@ def _loop(phase, train_step, train_state, iterator, checkpoints, sums):
     sums.reset()
     started, since_log = time.perf_counter(), number
 
-  number = first
-  with _Sigterm() as sigterm, bar, contextlib.closing(writer):
+  number, stop = first, False
+  closing = contextlib.closing(writer) if writer else contextlib.nullcontext()
+  with distributed.Preemption() as preemption, bar, closing:
     pending = None
     for number in range(first + 1, phase.steps + 1):
-      batch = next(iterator)
-      for message in batch.bad_records:
-        logging.warning("skipped a bad record: %s", message)
-      arrays = {
-        k: jax.make_array_from_process_local_data(sharding.rows(phase.mesh), v)
-        for k, v in batch.arrays.items()
-      }
-      train_state, values = train_step(train_state, arrays)
+      train_state, values = train_step(train_state, next(feed))
       if pending:
         settle(*pending)
-      pending = (number, values | batch.fill, len(batch.bad_records))
+      pending = (number, values | feed.fill, feed.bad_records)
       last = number == phase.steps
-      stop = sigterm.arrived  # read once: it may come at any moment
+      stop = preemption.arrived()  # ask once: it may come at any moment
       if last or stop or number % training.checkpoint_every == 0:
         # Settle first: parameters after a step that is not finite are never
         # written.
         settle(*pending)
         pending = None
-        checkpoints.save(train_state, iterator, sums.values)
+        sums.values["bad_records"] = bad_before + feed.total(feed.bad_records)
+        checkpoints.save(train_state, feed.states(), sums.values)
       bar.update()
       if stop:
         break
     checkpoints.wait()
-    if sigterm.arrived:
+    if stop or preemption.arrived():
       raise Stopped(
         f"{config.name}: stopped by SIGTERM after step {number}, saved as "
         f"{checkpoints.path(number)}; the same command goes on from there"
       )
   return train_state.params
-
-
-class _Sigterm:
-  """Notes SIGTERM, so that a step and its checkpoint can be finished."""
-
-  def __enter__(self):
-    self.arrived = False
-    self._before = signal.signal(signal.SIGTERM, self._note)
-    return self
-
-  def _note(self, *_):
-    self.arrived = True
-
-  def __exit__(self, *_):
-    signal.signal(signal.SIGTERM, self._before)

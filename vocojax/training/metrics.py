@@ -26,7 +26,7 @@ class Sums:
     """Back to zero, after a line; bad records count on."""
     self.values |= dict.fromkeys(self._KEYS, 0.0)
 
-  def add(self, metrics: dict[str, float], bad_records: int) -> None:
+  def add(self, metrics: dict[str, float]) -> None:
     """Adds the metrics of one step, and how full its batch was.
 
     `loss` there is a mean over tokens.
@@ -34,7 +34,6 @@ class Sums:
     sums = metrics | {"loss": metrics["loss"] * metrics["tokens"]}
     for key in self._KEYS:
       self.values[key] += sums[key]
-    self.values["bad_records"] += bad_records
 
   def means(self) -> dict[str, float]:
     """Loss per token, and shares of right tokens, right answers and fill."""

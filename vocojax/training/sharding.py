@@ -4,11 +4,14 @@ Axes: `data` (replicas), `fsdp` (shards of weights and optimiser state, and of
 the batch), `tensor` (shards within a layer).
 """
 
+import collections
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vocojax.config import MeshConfig
@@ -53,14 +56,21 @@ RULES = (
 )
 
 
-def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh:
-  """A mesh over these devices, by default all that there are.
+def make_mesh(
+  config: MeshConfig, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """A mesh over all devices, or over those given.
+
+  Of several TPU slices, joined by the slow network of the data center, only the
+  axis `data` goes from one to the next; the others stay inside a slice.
 
   Raises:
-    ConfigError: the sizes do not multiply to the number of devices.
+    ConfigError: the sizes do not multiply to the number of devices, or `data`
+      to that of the slices.
   """
+  devices = jax.devices() if devices is None else devices
   sizes = [getattr(config, axis) for axis in AXES]
-  count = jax.device_count() if devices is None else len(devices)
+  count = len(devices)
   known = math.prod(s for s in sizes if s != -1)
   if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
     raise ConfigError(
@@ -74,8 +84,44 @@ def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh:
       f"config.mesh: {' x '.join(map(str, sizes))} is not the number of "
       f"devices, {count}; set one axis to -1"
     )
-  axis_types = (AxisType.Auto,) * len(AXES)
-  return jax.make_mesh(sizes, AXES, axis_types=axis_types, devices=devices)
+  return Mesh(arrange(sizes, devices), AXES, (AxisType.Auto,) * len(AXES))
+
+
+def local_mesh(config: MeshConfig) -> Mesh:
+  """A mesh over the devices of this process only, as like `config` as can be.
+
+  An axis has at most as many shards as `config` asks for, so that weights which
+  could be split there can be split here.
+  """
+  devices = jax.local_devices()
+  tensor = math.gcd(max(config.tensor, 1), len(devices))
+  rest = len(devices) // tensor
+  fsdp = rest if config.fsdp == -1 else math.gcd(config.fsdp, rest)
+  return make_mesh(MeshConfig(-1, fsdp, tensor), devices)
+
+
+def arrange(sizes: Sequence[int], devices: Sequence) -> np.ndarray:
+  """The devices as an array of these sizes, neighbours close to each other."""
+  slices = len({getattr(d, "slice_index", 0) for d in devices})
+  # What XLA calls a slice of GPUs is a host; between those, the order will do.
+  if slices == 1 or devices[0].platform != "tpu":
+    split = "v5 lite" in devices[0].device_kind.lower()
+    return mesh_utils.create_device_mesh(
+      sizes, devices, allow_split_physical_axes=split
+    )
+  data, *inside = sizes
+  if data % slices:
+    raise ConfigError(
+      f"config.mesh.data: found {data}, expected a multiple of the {slices} "
+      f"slices, since fsdp and tensor stay inside a slice; set it to {slices} "
+      "and fsdp to -1"
+    )
+  return mesh_utils.create_hybrid_device_mesh(
+    [data // slices, *inside],
+    [slices, 1, 1],
+    devices,
+    allow_split_physical_axes=True,
+  )
 
 
 def spec(path: str) -> PartitionSpec:
@@ -146,3 +192,35 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
       f"{shards * accumulate} ({shards} shards of the mesh axes data x fsdp, "
       f"times config.training.accumulate {accumulate})"
     )
+
+
+def data_share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+  """Which share of each batch this process loads, and of how many.
+
+  Raises:
+    ConfigError: the rows of two processes overlap in part.
+  """
+  rows_of = collections.defaultdict(set)
+  where = rows(mesh).devices_indices_map((batch_size,))
+  for device, (index,) in where.items():
+    rows_of[device.process_index].add(index.indices(batch_size)[:2])
+  return share_of(jax.process_index(), rows_of)
+
+
+def share_of(
+  process: int, rows_of: Mapping[int, Set[tuple[int, int]]]
+) -> tuple[int, int]:
+  """`data_share`, from the ranges of rows that each process holds.
+
+  Processes that hold the same rows load the same share, as those do that the
+  axis `tensor` spans.
+  """
+  shares = sorted({tuple(sorted(ranges)) for ranges in rows_of.values()})
+  ranges = [one for share in shares for one in share]
+  if len(ranges) != len(set(ranges)) or len({len(s) for s in shares}) > 1:
+    raise ConfigError(
+      f"config.mesh: some of the {len(rows_of)} processes would hold a part of "
+      "the rows that another one holds; choose data x fsdp as a multiple or a "
+      "divisor of the number of processes"
+    )
+  return shares.index(tuple(sorted(rows_of[process]))), len(shares)
