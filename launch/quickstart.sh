@@ -41,10 +41,14 @@ while (($#)); do
 done
 
 install "$extra"
-.venv/bin/python -m vocojax.train --workdir="$workdir" "${flags[@]}"
+status=0
+.venv/bin/python -m vocojax.train --workdir="$workdir" "${flags[@]}" ||
+  status=$?
+if ((status == 143)); then
+  echo "no report yet: training stopped early; run this again to go on"
+fi
+((status == 0)) || exit "$status"
 [[ $workdir == /* ]] || workdir=$PWD/$workdir
 if [[ -f $workdir/report.md ]]; then
   echo "report: $workdir/report.md"
-else
-  echo "no report yet: training stopped early; run this again to go on"
 fi

@@ -2,9 +2,10 @@
 
   python -m vocojax.train --config=configs/easyvqa_1tok.py --workdir=DIR
 
-Started again with the same workdir it goes on where it stopped. On several
-hosts it is started on each, with the same workdir on a file system that all
-share. Read next: training/loop.py.
+Started again with the same workdir it goes on where it stopped; exit status 143
+says that SIGTERM stopped it and all is saved. On several hosts it is started on
+each, with the same workdir on a file system that all share. Read next:
+training/loop.py.
 """
 
 import dataclasses
@@ -29,15 +30,20 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 
-def main() -> None:
+# Of a program that SIGTERM ended, as a shell has it: 128 + 15. Schedulers start
+# a job again that ends with it.
+STOPPED = 143
+
+
+def main() -> int:
   logging.set_verbosity(logging.WARNING)
   plan = phases(_CONFIG.value)
   with distributed.joined():
-    _run(plan)
+    return _run(plan)
 
 
-def _run(plan: tuple[Config, ...]) -> None:
-  """All phases and the evaluation."""
+def _run(plan: tuple[Config, ...]) -> int:
+  """All phases and the evaluation; the exit status."""
   workdir = assemble.make_workdir(_WORKDIR.value)
   distributed.check_shared(workdir)
   if plan[-1].training.evaluate:
@@ -52,10 +58,11 @@ def _run(plan: tuple[Config, ...]) -> None:
     except loop.Stopped as e:
       if jax.process_index() == 0:
         print(e)
-      return
+      return STOPPED
     before = str(workdir / config.name)
   if plan[-1].training.evaluate:
     _evaluate(plan, workdir)
+  return 0
 
 
 def _train(config: Config, workdir: pathlib.Path) -> None:

@@ -183,6 +183,16 @@ def test_keeps_the_newest(folder):
   assert names == {"6", "8"}
 
 
+def test_another_way_to_compute_it_is_not(saved, folder):
+  """Whoever runs out of memory may go on with less of it."""
+  phase, _ = saved
+  config = config_of(folder, remat="full", mlp_chunks=2, scan_layers=False)
+  checkpoints = checkpoint.Checkpointer(phase.folder, config, phase.tokenizer)
+  found, _, _ = checkpoints.restore(STEP, abstract(phase), 1)
+  checkpoints.close()
+  assert int(found.step) == STEP
+
+
 def test_another_model_is_refused(saved, folder):
   phase, _ = saved
   rope = dataclasses.replace(phase.config.model.llm.rope, theta=5000.0)

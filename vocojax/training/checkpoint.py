@@ -178,11 +178,25 @@ def _reshare(path: pathlib.Path, shares: list[dict], count: int) -> list[dict]:
   )
 
 
+# How a model is computed, not which: may change when a run goes on.
+_HOW = (
+  "model.attention",
+  "model.attention_kernel",
+  "model.attention_block_size",
+  "model.logits_chunk",
+  "model.mlp_chunks",
+  "model.remat",
+  "model.scan_layers",
+)
+
+
 def _check_same(path: pathlib.Path, saved: dict, config: Config) -> None:
   """What must not change between stopping and resuming."""
   now = json.loads(config.to_json())
   for group in ("model", "prompt", "optimizer"):
     for key, old, new in _differences(saved[group], now[group], group):
+      if key in _HOW:
+        continue
       raise CheckpointError(
         f"{path}: was written with config.{key}={old!r}, this run has {new!r}; "
         "use another --workdir, or config.init_from to start from its weights"
