@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
   c.model.attention = "two_stream"  # or 'bias': one joint masked pass, slow
   # 'splash' (TPU), 'cudnn' (GPU) or 'xla'; 'auto' is what suits the platform.
   c.model.attention_kernel = "auto"
-  c.model.attention_block_size = 512  # of splash: most tokens of a block
+  c.model.attention_block_size = 640  # of splash: most tokens of a block
   c.model.logits_chunk = 8192  # rows of the vocabulary scored at a time
   # Parts of the MLP's width computed one after the other: less memory where
   # nothing splits the width (config.mesh.tensor = 1). Divides it.

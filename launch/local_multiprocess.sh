@@ -83,11 +83,13 @@ if [[ -n $dry ]]; then
 fi
 
 pids=()
-# end SIGNAL: sends it to all that still run, and to their data workers. Fails
-# when none does.
+# end SIGNAL: sends it to all that still run, and to their data workers, which
+# TERM leaves alone: the last steps need them. Fails when none runs.
 # shellcheck disable=SC2329 # the traps call it
 end() {
-  kill "-$1" -- "${pids[@]/#/-}" 2>/dev/null
+  local group=-
+  [[ $1 != TERM ]] || group=
+  kill "-$1" -- "${pids[@]/#/$group}" 2>/dev/null
 }
 # shellcheck disable=SC2329 # a trap calls it
 interrupt() {

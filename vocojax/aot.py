@@ -150,7 +150,8 @@ def _remedy(program: programs.Program, config: Config, chip) -> str:
     how = f"use {chips}, or chips with more memory"
     if _WHAT.value == "train":
       how += (
-        "; config.model.param_dtype=bfloat16 halves weights and optimiser state"
+        "; config.optimizer.first_moment_dtype=bfloat16, or adafactor or lion "
+        "as config.optimizer.name, need less optimiser state"
       )
     return f"what it is called with takes {held / GIB:.2f} GiB; {how}"
   less = "lower --samples_per_chip"

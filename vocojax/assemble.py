@@ -263,16 +263,19 @@ def _check_num_voco_tokens(loaded, name: str, k: int | None) -> None:
 
 def provenance(command: str) -> dict:
   """Where a figure comes from: command, commit, versions, hardware."""
-  commit = subprocess.run(
-    ["git", "rev-parse", "HEAD"],
-    cwd=pathlib.Path(__file__).parent,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  try:
+    commit = subprocess.run(
+      ["git", "rev-parse", "HEAD"],
+      cwd=pathlib.Path(__file__).parent,
+      capture_output=True,
+      text=True,
+      check=False,
+    ).stdout.strip()
+  except OSError:  # there is no git
+    commit = ""
   return {
     "command": command,
-    "commit": commit.stdout.strip() or "not in a git checkout",
+    "commit": commit or "not in a git checkout",
     "python": platform.python_version(),
     "jax": jax.__version__,
     "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

@@ -25,7 +25,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-import jax
 import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
@@ -253,7 +252,9 @@ def _skip_absent_tpu() -> None:
   ):
     return
   if not any(glob.glob(pattern) for pattern in _ACCELERATORS):
-    jax.config.update("jax_platforms", "cpu")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if "jax" in sys.modules:  # it has read the variable already
+      sys.modules["jax"].config.update("jax_platforms", "cpu")
 
 
 def _known_configs() -> str:

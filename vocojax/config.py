@@ -164,6 +164,11 @@ class ModelConfig:
         f"config.model.mlp_chunks: {self.mlp_chunks} does not divide "
         f"intermediate_size ({self.llm.intermediate_size}); choose a divisor"
       )
+    if self.attention_kernel == "cudnn" and self.dtype == "float32":
+      raise ConfigError(
+        "config.model.attention_kernel: found 'cudnn' with config.model.dtype "
+        "'float32', which cuDNN does not take; set one to 'auto' or 'bfloat16'"
+      )
     if self.attention_block_size % 128:
       raise ConfigError(
         "config.model.attention_block_size: found "

@@ -12,6 +12,7 @@ The exit status is 1 if there is an error. Read next: health/findings.py.
 import importlib
 import os
 import pathlib
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -54,6 +55,8 @@ def main() -> int:
   doctor.look("devices", _devices())
   # What else needs JAX leaves the accelerators alone.
   os.environ["JAX_PLATFORMS"] = "cpu"
+  if "jax" in sys.modules:  # it has read the variable already
+    sys.modules["jax"].config.update("jax_platforms", "cpu")
   doctor.look("host memory", _memory(plan))
   doctor.look("disk", _disk(plan))
   doctor.look("checkpoints", _checkpoints())

@@ -3,8 +3,8 @@
 What LLaVA and VoCo-LLaMA train with as `group_by_modality_length`
 (llava_trainer.py, commit c121f04), for runs that are compared with theirs:
 records with and without images in batches of their own, and the text of a batch
-in equal shares on all devices. Rows keep their fixed length here, so nothing is
-saved: `packing.py` does that.
+in equal shares on all devices of one host. Rows keep their fixed length here,
+so nothing is saved: `packing.py` does that.
 """
 
 import sys

@@ -340,9 +340,3 @@ class _BatchIterator(grain.DatasetIterator):
     if self._rows is not None:
       self._rows.close()
       self._rows = None
-
-
-def _seed32(seed: int) -> int:
-  """`seed` as Grain wants it: any integer to one below 2**32."""
-  digest = hashlib.sha256(str(seed).encode()).digest()
-  return int.from_bytes(digest[:4], "little")

@@ -24,6 +24,7 @@ from vocojax.config import Config
 from vocojax.data import pipeline
 from vocojax.data.sources import Record, Source
 from vocojax.inference.engine import Engine, Request
+from vocojax.models import layers
 from vocojax.models.vlm import VisionLanguageModel
 from vocojax.training import distributed
 
@@ -225,7 +226,8 @@ def _attention(
   if not kept or model.config.compressor.name != "voco":
     return []
   images = np.stack([pixels for _, pixels in kept])
-  _, weights = jax.jit(model.compress)(params, images)
+  with layers.mesh_of(params["llm"]["norm"]["scale"]):
+    _, weights = jax.jit(model.compress)(params, images)
   before = len(model.stream.before)
   patches = slice(before, before + model.stream.num_image_tokens)
   attention = np.asarray(weights[..., patches], np.float32)

@@ -104,6 +104,9 @@ def memory(configs: tuple[Config, ...] = ()) -> Finding:
   if _CGROUP.is_file() and (limit := _CGROUP.read_text().strip()) != "max":
     total = min(total, int(limit))  # of the container
     used = int(_CGROUP.with_name("memory.current").read_text())
+    lines = _CGROUP.with_name("memory.stat").read_text().splitlines()
+    # Files that were read lately, which make way for programs.
+    used -= int(dict(map(str.split, lines)).get("inactive_file", 0))
     free = min(free, max(0, total - used))
   needed = max(map(_waiting_batches, configs), default=0)
   found = f"{size(free)} free of {size(total)}"

@@ -130,6 +130,7 @@ class Engine:
     self._params = params | {"llm": llm}
     self._cache_sharding = cache_sharding(llm, slots, model)
     self._programs = Programs(model, self._cache_sharding)
+    self._mesh = functools.partial(layers.mesh_of, llm["norm"]["scale"])
     self._positions = functools.cache(
       lambda num_images, k: model.stream_of(k).positions(num_images)
     )
@@ -165,7 +166,8 @@ class Engine:
     """Compiles every program now, so that nothing is compiled later."""
     size = self._model.config.vision.image_size
     pixels = np.zeros((self.compress_batch, size, size, 3), np.uint8)
-    jax.block_until_ready(self._programs.compress(self._params, pixels))
+    with self._mesh():
+      jax.block_until_ready(self._programs.compress(self._params, pixels))
     length = 0
     while length < self.max_text_length:
       length = self._bucket(length + 1)
@@ -195,7 +197,8 @@ class Engine:
     pixels = np.stack([pixels for pixels, _ in read])
     padding = self.compress_batch - len(read)
     pixels = np.pad(pixels, ((0, padding), *[(0, 0)] * 3))
-    found = jax.device_get(self._programs.compress(self._params, pixels))
+    with self._mesh():
+      found = jax.device_get(self._programs.compress(self._params, pixels))
     return VocoCache(
       found.keys[:, : len(read)],
       found.values[:, : len(read)],
@@ -345,23 +348,25 @@ class Engine:
       self._rows.slot[slot] = count + len(job.prompt_ids)
       self._rows.position[slot] = rows.position[row] + len(job.prompt_ids)
       self._rows.sampling.start(slot, job.request.sampling)
-    tokens, self._cache = self._programs.prefill(
-      self._params,
-      self._cache,
-      ImageKeyValues(keys, values),
-      positions,
-      ids,
-      lengths,
-      target,
-      rows,
-    )
+    with self._mesh():
+      tokens, self._cache = self._programs.prefill(
+        self._params,
+        self._cache,
+        ImageKeyValues(keys, values),
+        positions,
+        ids,
+        lengths,
+        target,
+        rows,
+      )
     return np.asarray(tokens).tolist()
 
   def _decode(self) -> list[int]:
     """One step of all slots; their next tokens."""
-    tokens, self._cache = self._programs.decode(
-      self._params, self._cache, self._tokens, self._rows
-    )
+    with self._mesh():
+      tokens, self._cache = self._programs.decode(
+        self._params, self._cache, self._tokens, self._rows
+      )
     # Only now, since the program may be reading these very arrays.
     chosen = np.asarray(tokens).tolist()
     for slot in self._taken():

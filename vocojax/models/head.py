@@ -11,9 +11,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int
-
-from vocojax.models import layers
 
 _LANES = 128  # a TPU computes so many columns at once
 
@@ -76,6 +75,12 @@ def token_losses(
     width = -(-V // (num_chunks * _LANES)) * _LANES
     kernel = jnp.pad(kernel, ((0, 0), (0, num_chunks * width - V)))
   chunks = kernel.reshape(D, num_chunks, width).swapaxes(0, 1)
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.empty and width % mesh.shape["tensor"] == 0:
+    # Each chunk is split as the head is, so that all devices have work.
+    chunks = jax.lax.with_sharding_constraint(
+      chunks, PartitionSpec(None, "fsdp", "tensor")
+    )
   # Its gradient is a sum over chunks, which must not be rounded each time.
   x, dtype = x.astype(jnp.float32), x.dtype
 
@@ -84,7 +89,7 @@ def token_losses(
     highest, best, total, found = running
     first, part = chunk
     index = first + jnp.arange(width)
-    scores = layers.shard_rows(_product(x.astype(dtype), part))
+    scores = _product(x.astype(dtype), part)
     scores = _real(scores, index, vocab_size)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1))
     best = jnp.where(top > highest, first + jnp.argmax(scores, axis=-1), best)

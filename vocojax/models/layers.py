@@ -3,12 +3,14 @@
 Weights of a stack are stacked on axis 0. Read next: `llama.py`, `clip.py`.
 """
 
+import contextlib
+import math
 import typing
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from vocojax.config import ModelConfig
@@ -158,9 +160,23 @@ def platform() -> str:
   return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
+def mesh_of(x: Array) -> contextlib.AbstractContextManager:
+  """Puts the mesh that an array lies on in force, if it lies on one."""
+  if isinstance(x.sharding, NamedSharding):
+    return jax.set_mesh(x.sharding.mesh)
+  return contextlib.nullcontext()
+
+
+def row_axes(num_rows: int) -> tuple[str, ...] | None:
+  """Mesh axes that rows are split over, None where they do not divide."""
+  mesh = jax.sharding.get_abstract_mesh()
+  shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  return None if num_rows % shards else BATCH_AXES
+
+
 def shard_rows(x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
   """Splits axis 0 over the data and fsdp axes of the mesh in force, if any."""
   if jax.sharding.get_abstract_mesh().empty:
     return x
-  spec = PartitionSpec(BATCH_AXES, *[None] * (x.ndim - 1))
+  spec = PartitionSpec(row_axes(len(x)), *[None] * (x.ndim - 1))
   return jax.lax.with_sharding_constraint(x, spec)

@@ -99,16 +99,19 @@ class MLP(nn.Module):
       )
     )
 
-    def part(gate, up, down):
+    def part(x, gate, up, down):
       hidden = nn.silu(layers.product(x, gate)) * layers.product(x, up)
       return layers.product(hidden, down)
 
     chunks = self.model.mlp_chunks
     if chunks == 1:
-      return part(gate, up, down)
+      return part(x, gate, up, down)
+
+    # The gradient of x is a sum over parts, not to be rounded each time.
+    x, dtype = x.astype(jnp.float32), x.dtype
 
     def add(total, kernels):
-      return total + part(*kernels).astype(jnp.float32), None
+      return total + part(x.astype(dtype), *kernels).astype(jnp.float32), None
 
     total, _ = jax.lax.scan(
       jax.checkpoint(add, prevent_cse=False),
@@ -119,7 +122,7 @@ class MLP(nn.Module):
         down.reshape(chunks, -1, D),
       ),
     )
-    return total.astype(x.dtype)
+    return total.astype(dtype)
 
 
 class DecoderLayer(nn.Module):

@@ -36,12 +36,13 @@ class Trained:
 def slots(params: dict[str, Any], dtype: str) -> dict[str, Any]:
   """Where gradients go: zeros like each array of a tree.
 
-  Those of matrices are of the compute dtype; of norms and biases, which no
-  matrix product reads, of their own.
+  Those of matrices are of the compute dtype. Those of norms and biases, which
+  no matrix product reads, are of their own, and so is that of the table of
+  embeddings, in which a row is the sum over all places of its token.
   """
 
   def slot(path, x):
-    is_matrix = path[-1].key in ("kernel", "embedding")
+    is_matrix = path[-1].key == "kernel"
     return jnp.zeros(x.shape, dtype if is_matrix else x.dtype)
 
   return jax.tree_util.tree_map_with_path(slot, params)

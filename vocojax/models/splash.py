@@ -21,7 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from vocojax.models.layers import BATCH_AXES
+from vocojax.models import layers
 
 _LANES = 128  # of a TPU register; sequences and heads are padded to it
 
@@ -53,41 +53,42 @@ def attend(
   """
   T, S = query.shape[1], key.shape[1]
   query = query * np.asarray(query.shape[-1] ** -0.5, query.dtype)
-  before, after = -S % _LANES, -T % _LANES
-  if causal:
-    # Padding of the keys comes first, so that queries and keys still end
-    # together; then that of both follows, which no real query sees.
-    before = -(S + after) % _LANES
-    width = ((0, 0), (before, after), (0, 0), (0, 0))
+  query_block, query_padding = _blocks(T, block_size)
+  key_block, key_padding = _blocks(S, block_size)
+  if query_segments is None and causal and T == S:
+    # Padding that follows both is seen by no real query.
+    offset, before, after = 0, 0, key_padding
   else:
-    width = ((0, 0), (0, before), (0, 0), (0, 0))
-  if query_segments is None and before:  # the padding must not be seen
-    query_segments = jnp.ones(query.shape[:2], jnp.int32)
-    key_segments = jnp.ones(key.shape[:2], jnp.int32)
-  query = jnp.pad(query, ((0, 0), (0, after), (0, 0), (0, 0)))
+    offset, before, after = S + key_padding - T, key_padding, 0
+    if query_segments is None and key_padding:  # it must not be seen
+      query_segments = jnp.ones(query.shape[:2], jnp.int32)
+      key_segments = jnp.ones(key.shape[:2], jnp.int32)
+  width = ((0, 0), (before, after), (0, 0), (0, 0))
+  query = jnp.pad(query, ((0, 0), (0, query_padding), (0, 0), (0, 0)))
   key, value = jnp.pad(key, width), jnp.pad(value, width)
   segments = None
   if query_segments is not None:
     segments = kernel_lib.SegmentIds(
-      jnp.pad(query_segments, ((0, 0), (0, after))),
+      jnp.pad(query_segments, ((0, 0), (0, query_padding))),
       jnp.pad(key_segments, width[:2]),
     )
   run = functools.partial(
-    _on_one_device, causal=causal, block_size=block_size, interpret=interpret
+    _on_one_device,
+    offset=offset if causal else None,
+    blocks=(query_block, key_block),
+    interpret=interpret,
   )
   return _on_all_devices(run, query, key, value, segments)[:, :T]
 
 
-def _on_one_device(
-  query, key, value, segments, *, causal, block_size, interpret
-):
-  """The kernel on padded rows."""
+def _on_one_device(query, key, value, segments, *, offset, blocks, interpret):
+  """The kernel on padded rows; query t sees the first t + offset + 1 keys."""
   (_, T, H, P), S = query.shape, key.shape[1]
-  shape = (T, S)
-  mask = (
-    mask_lib.CausalMask(shape, S - T) if causal else mask_lib.FullMask(shape)
-  )
-  q, kv = _block(T, block_size), _block(S, block_size)
+  if offset is None:
+    mask = mask_lib.FullMask((T, S))
+  else:
+    mask = mask_lib.CausalMask((T, S), offset)
+  q, kv = blocks
   kernel = kernel_lib.make_splash_mha_single_device(
     mask_lib.MultiHeadMask([mask] * H),
     block_sizes=kernel_lib.BlockSizes(
@@ -113,10 +114,14 @@ def _on_one_device(
 
 def _on_all_devices(run, query, key, value, segments):
   """A kernel cannot be split by the compiler: each device gets its share."""
-  if jax.sharding.get_abstract_mesh().empty:
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
     return run(query, key, value, segments)
-  heads = PartitionSpec(BATCH_AXES, None, "tensor", None)
-  rows = PartitionSpec(BATCH_AXES, None)
+  B, G = key.shape[0], key.shape[2]
+  axes = layers.row_axes(B)
+  tensor = None if G % mesh.shape["tensor"] else "tensor"
+  heads = PartitionSpec(axes, None, tensor, None)
+  rows = PartitionSpec(axes, None)
   return jax.shard_map(
     run,
     in_specs=(heads, heads, heads, None if segments is None else rows),
@@ -125,10 +130,8 @@ def _on_all_devices(run, query, key, value, segments):
   )(query, key, value, segments)
 
 
-def _block(length: int, limit: int) -> int:
-  """The largest multiple of 128 up to `limit` that divides `length`."""
-  return max(
-    size
-    for size in range(_LANES, max(limit, _LANES) + 1, _LANES)
-    if length % size == 0
-  )
+def _blocks(length: int, limit: int) -> tuple[int, int]:
+  """Size of equal blocks up to `limit` for a sequence, and its padding."""
+  count = -(-length // limit)
+  size = -(-length // (count * _LANES)) * _LANES
+  return size, count * size - length

@@ -178,6 +178,7 @@ def _reshare(path: pathlib.Path, shares: list[dict], count: int) -> list[dict]:
   )
 
 
+_WHAT = ("model", "prompt", "optimizer")
 # How a model is computed, not which: may change when a run goes on.
 _HOW = (
   "model.attention",
@@ -193,8 +194,14 @@ _HOW = (
 def _check_same(path: pathlib.Path, saved: dict, config: Config) -> None:
   """What must not change between stopping and resuming."""
   now = json.loads(config.to_json())
-  for group in ("model", "prompt", "optimizer"):
-    for key, old, new in _differences(saved[group], now[group], group):
+  groups = {group: (saved[group], now[group]) for group in _WHAT}
+  keys = ["batching"]
+  if now["data"]["batching"] == "group_by_length":
+    keys.append("batch_size")  # the order depends on it
+  before, after = ({k: c["data"].get(k) for k in keys} for c in (saved, now))
+  groups["data"] = before, after
+  for group, (before, after) in groups.items():
+    for key, old, new in _differences(before, after, group):
       if key in _HOW:
         continue
       raise CheckpointError(

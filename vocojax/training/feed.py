@@ -76,7 +76,9 @@ class Feed:
   @contextlib.contextmanager
   def _named(self):
     """Says which process waits long for data or fails to get it, and where."""
-    where = f"the batch after {self._iterator.get_state()}"
+    where = (
+      f"the batch after record {self._iterator.get_state()['next_record']}"
+    )
     slow = threading.Timer(
       SLOW_SECONDS,
       logging.warning,

@@ -105,9 +105,8 @@ def arrange(sizes: Sequence[int], devices: Sequence) -> np.ndarray:
   slices = len({getattr(d, "slice_index", 0) for d in devices})
   # What XLA calls a slice of GPUs is a host; between those, the order will do.
   if slices == 1 or devices[0].platform != "tpu":
-    split = "v5 lite" in devices[0].device_kind.lower()
     return mesh_utils.create_device_mesh(
-      sizes, devices, allow_split_physical_axes=split
+      sizes, devices, allow_split_physical_axes=True
     )
   data, *inside = sizes
   if data % slices:

@@ -18,8 +18,13 @@ def init_state(
   optimizer: optax.GradientTransformation,
   freeze: tuple[str, ...],
 ) -> TrainState:
-  """Step 0 with these parameters; frozen ones get no optimiser state."""
+  """Step 0 with these parameters; frozen ones get no optimiser state.
+
+  The state is float32 (but for a first moment that is asked for otherwise) also
+  where parameters are not: a second moment changes by too little a step.
+  """
   trained, _ = state.split(params, freeze)
+  trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
   return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trained))
 
 
