@@ -14,7 +14,7 @@ from vocojax.errors import DataError
 
 
 def chunks_of(batch, words, num_chunks):
-  """As in LLaVA: each record of a sorted batch to the chunk with least words."""
+  """As in LLaVA: each record of a sorted batch to the chunk of least words."""
   if len(batch) % num_chunks:
     return [batch[c::num_chunks] for c in range(num_chunks)]
   room = len(batch) // num_chunks
