@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from tests.models import builders
+from vocojax.config import MeshConfig
 from vocojax.errors import ConfigError
 from vocojax.models import attention, masks, splash
+from vocojax.training import sharding
 
 TOLERANCE = 1e-5
 
@@ -108,3 +110,21 @@ def test_needs_to_know_who_shares_an_image():
   del batch["image_segment_ids"]
   with pytest.raises(ConfigError, match="conversations_per_record"):
     attention.text_attention(vlm.config, batch, 1)
+
+
+@pytest.mark.parametrize("B, G", [(4, 2), (3, 1)])
+def test_on_a_mesh(B, G):
+  """Every device gets its rows and heads, or all where they do not divide."""
+  arrays = _random(np.random.default_rng(4), B, 20, 20, 2 * G, G, 8)
+  attend = jax.jit(
+    functools.partial(
+      splash.attend, causal=True, block_size=128, interpret=True
+    )
+  )
+  expected = attend(*map(jnp.asarray, arrays))
+  mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+  with jax.set_mesh(mesh):
+    found = attend(*map(jnp.asarray, arrays))
+  shard = (1, 20, 2, 8) if (B, G) == (4, 2) else found.shape
+  assert found.sharding.shard_shape(found.shape) == shard
+  np.testing.assert_allclose(found, expected, atol=TOLERANCE)

@@ -193,6 +193,19 @@ def test_another_way_to_compute_it_is_not(saved, folder):
   assert int(found.step) == STEP
 
 
+def test_another_order_of_the_data_is_refused(saved, folder):
+  phase, _ = saved
+  config = config_of(folder)
+  data = dataclasses.replace(config.data, batching="pack")
+  config = dataclasses.replace(config, data=data)
+  checkpoints = checkpoint.Checkpointer(phase.folder, config, phase.tokenizer)
+  with pytest.raises(
+    CheckpointError, match=r"config.data.batching='shuffle', "
+  ):
+    checkpoints.restore(STEP, abstract(phase), 1)
+  checkpoints.close()
+
+
 def test_another_model_is_refused(saved, folder):
   phase, _ = saved
   rope = dataclasses.replace(phase.config.model.llm.rope, theta=5000.0)

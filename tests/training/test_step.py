@@ -159,6 +159,19 @@ def test_micro_batches_weigh_by_their_tokens(reference, accumulate):
   assert len(set(tokens.tolist())) == accumulate, tokens
 
 
+def test_optimiser_state_of_bfloat16_weights_is_float32():
+  model = builders.model({"param_dtype": "bfloat16", "dtype": "bfloat16"})
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), builders.init(model))
+  after, _ = one_step(model, optax.adam(0.1), params=params)
+  (adam, _) = after.opt_state
+  for tree, dtype in (
+    (adam.mu, "float32"),
+    (adam.nu, "float32"),
+    (after.params, "bfloat16"),
+  ):
+    assert {str(x.dtype) for x in jax.tree.leaves(tree)} == {dtype}
+
+
 def test_batch_without_a_trained_token():
   model = builders.model()
   batch = batch_of(model)
