@@ -200,6 +200,8 @@ def test_script_runs_and_ctrl_c_ends_all(folder):
   python = copy / ".venv" / "bin" / "python"
   python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
   python.chmod(0o755)
+  # What runs the tests may ignore Ctrl-C, and children would inherit that.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
   script = subprocess.Popen(
     [
       copy / "launch" / "local_multiprocess.sh",
@@ -214,6 +216,7 @@ def test_script_runs_and_ctrl_c_ends_all(folder):
     stderr=subprocess.PIPE,
     start_new_session=True,
   )
+  signal.signal(signal.SIGINT, before)
   phase = folder / "script" / "voco"
   test_resume.wait_for(script, lambda: test_resume.steps(phase))
   os.killpg(script.pid, signal.SIGINT)  # what Ctrl-C does
