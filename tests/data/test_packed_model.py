@@ -20,7 +20,7 @@ from tests.data.test_pipeline import PROMPT, take
 from tests.models import builders
 from vocojax.config import load_module, phases
 from vocojax.data import pipeline, rows, sources, tokenizer
-from vocojax.training import loop, losses
+from vocojax.training import checkpoint, loop
 
 
 class Records(list):
@@ -76,10 +76,7 @@ def test_packed_equals_unpacked(words):
   def run(batch):
     def total(params, batch):
       logits = vlm.text_logits(params, batch)
-      loss, _ = losses.answer_loss(
-        logits, batch["labels"], batch["segment_ids"]
-      )
-      return loss, logits
+      return builders.loss_of(logits, batch)[0], logits
 
     grad = jax.jit(jax.value_and_grad(total, has_aux=True))
     compiled = grad.lower(params, batch).compile(builders.QUICK_COMPILE)
@@ -164,9 +161,8 @@ def test_a_run_on_packed_rows_goes_on_bit_for_bit(folder):
   states = []
   for name in ("whole", "part"):
     last = folder / name / "checkpoints" / str(phase.steps)
-    (state,) = (last / "data").rglob("process_*")
-    states.append(state.read_text())
-  assert states[0] == states[1] and "waiting" in states[0]
+    states.append(checkpoint.read_json(last, "data"))
+  assert states[0] == states[1] and "waiting" in states[0]["shares"][0]
   for a, b in zip(*map(jax.tree.leaves, (whole, resumed)), strict=True):
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
   # The first line is that of the first two steps.

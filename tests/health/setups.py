@@ -17,10 +17,10 @@ def config_of(folder, name="one.py", **changes):
   )
 
 
-def python(*arguments, **env):
+def python(*arguments, cwd=runs.ROOT, **env):
   return subprocess.run(
     [sys.executable, *arguments],
-    cwd=runs.ROOT,
+    cwd=cwd,
     env=os.environ | {"JAX_PLATFORMS": "cpu"} | env,
     capture_output=True,
     text=True,

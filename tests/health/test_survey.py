@@ -162,7 +162,7 @@ def test_conversations_that_are_left_out(folder):
       ]
     )
   )
-  config = config_of(folder, max_text_length=20)
+  config = config_of(folder, max_text_length=20, source="easy_vqa")
   tokenizer = load_tokenizer(config.data.tokenizer)
 
   def check(config):

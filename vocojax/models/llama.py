@@ -251,8 +251,8 @@ class Llama:
 
   def _head_kernel(self, params) -> Float[Array, "D V"]:
     if self.config.tie_word_embeddings:
-      return params["embed_tokens"]["embedding"].T
-    return params["lm_head"]["kernel"]
+      return jnp.asarray(params["embed_tokens"]["embedding"]).T
+    return jnp.asarray(params["lm_head"]["kernel"])
 
   def run(
     self,
