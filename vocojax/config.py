@@ -139,6 +139,18 @@ class CompressorConfig:
     _positive(self, "model.compressor", "num_voco_tokens")
 
 
+# Keys of config.model that say how a model is computed, not which it is.
+HOW_COMPUTED = (
+  "attention",
+  "attention_kernel",
+  "attention_block_size",
+  "logits_chunk",
+  "mlp_chunks",
+  "remat",
+  "scan_layers",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """The vision-language model."""

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, UInt32
 
-from vocojax.config import ModelConfig
+from vocojax.config import HOW_COMPUTED, ModelConfig
 from vocojax.models.vlm import VisionLanguageModel
 
 _VERSION = "vocojax-fingerprint/1"
@@ -58,7 +58,7 @@ def model_fingerprint(
 
 def _relevant(config: ModelConfig) -> dict:
   fields: dict[str, Any] = dataclasses.asdict(config)
-  for key in ("attention", "remat", "scan_layers"):
+  for key in HOW_COMPUTED:
     del fields[key]
   # The tokens of avgpool are parts of the image: k changes each of them.
   if config.compressor.name != "avgpool":

@@ -49,6 +49,9 @@ class Programs:
   """
 
   def __init__(self, model: VisionLanguageModel, cache_sharding: Sharding):
+    # What saves memory in a backward pass only costs time here.
+    config = dataclasses.replace(model.config, mlp_chunks=1, remat="none")
+    model = dataclasses.replace(model, config=config)
     self.compress = jax.jit(functools.partial(_compress, model))
     step = functools.partial(
       jax.jit, donate_argnames="cache", out_shardings=(None, cache_sharding)

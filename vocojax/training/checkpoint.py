@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 import transformers
 from etils import epath
 
-from vocojax.config import Config, ModelConfig
+from vocojax.config import HOW_COMPUTED, Config, ModelConfig
 from vocojax.data import prompt
 from vocojax.data.tokenizer import load_tokenizer
 from vocojax.errors import CheckpointError
@@ -179,16 +179,6 @@ def _reshare(path: pathlib.Path, shares: list[dict], count: int) -> list[dict]:
 
 
 _WHAT = ("model", "prompt", "optimizer")
-# How a model is computed, not which: may change when a run goes on.
-_HOW = (
-  "model.attention",
-  "model.attention_kernel",
-  "model.attention_block_size",
-  "model.logits_chunk",
-  "model.mlp_chunks",
-  "model.remat",
-  "model.scan_layers",
-)
 
 
 def _check_same(path: pathlib.Path, saved: dict, config: Config) -> None:
@@ -202,8 +192,8 @@ def _check_same(path: pathlib.Path, saved: dict, config: Config) -> None:
   groups["data"] = before, after
   for group, (before, after) in groups.items():
     for key, old, new in _differences(before, after, group):
-      if key in _HOW:
-        continue
+      if key in [f"model.{name}" for name in HOW_COMPUTED]:
+        continue  # may change when a run goes on
       raise CheckpointError(
         f"{path}: was written with config.{key}={old!r}, this run has {new!r}; "
         "use another --workdir, or config.init_from to start from its weights"
