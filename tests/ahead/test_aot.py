@@ -208,7 +208,7 @@ def test_too_big_a_model_says_what_to_change(aot):
   [line] = err.splitlines()
   assert line.startswith("error: does not fit: train step: ")
   assert "a topology with more chips" in line
-  assert "config.model.param_dtype=bfloat16" in line
+  assert "config.optimizer.first_moment_dtype=bfloat16" in line
 
 
 def test_too_big_a_batch_says_what_to_change(aot):
