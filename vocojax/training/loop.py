@@ -92,7 +92,11 @@ def run(phase: Phase) -> state.Params:
 def abstract_params(model: VisionLanguageModel, mesh: Mesh) -> state.Params:
   """Shapes, dtypes and shardings of the parameters."""
   shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))
-  shardings = sharding.param_shardings(shapes, mesh)
+  return _laid(shapes, sharding.param_shardings(shapes, mesh))
+
+
+def _laid(shapes, shardings):
+  """A tree of shapes, lying as a tree of shardings says."""
   return jax.tree.map(
     lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to),
     shapes,
@@ -116,11 +120,7 @@ def abstract_state(
     sharding.param_shardings(params, mesh),
     sharding.opt_state_shardings(shapes.opt_state, params, mesh),
   )
-  return jax.tree.map(
-    lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to),
-    shapes,
-    shardings,
-  )
+  return _laid(shapes, shardings)
 
 
 def jit_train_step(
