@@ -183,6 +183,18 @@ def test_keeps_the_newest(folder):
   assert names == {"6", "8"}
 
 
+def test_relative_path(saved, folder, monkeypatch):
+  """As README writes them."""
+  phase, _ = saved
+  monkeypatch.chdir(folder)
+  abstract = loop.abstract_params(phase.model, phase.mesh)
+  found, missing = checkpoint.load_params("run", abstract, phase.config.model)
+  expected = random_state(phase.model).params
+  for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert not missing and checkpoint.load("run").step == STEP
+
+
 def test_another_way_to_compute_it_is_not(saved, folder):
   """Whoever runs out of memory may go on with less of it."""
   phase, _ = saved

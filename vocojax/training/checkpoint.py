@@ -248,7 +248,7 @@ def find(path: str) -> tuple[pathlib.Path, int]:
   Raises:
     CheckpointError: there is no complete checkpoint.
   """
-  given = pathlib.Path(path).expanduser()
+  given = pathlib.Path(path).expanduser().absolute()  # Orbax wants it so
   if given.name.isdigit() and given.is_dir():
     folder, step = given.parent, int(given.name)
   else:
