@@ -69,9 +69,12 @@ def get_config() -> ConfigDict:
   vision.initializer_range = 0.02  # standard deviation of new weights
 
   c.model.compressor = ConfigDict()
-  c.model.compressor.name = "voco"  # 'full': sees all; 'avgpool': k means
+  # 'full': text sees all; 'avgpool': k means; 'qformer': k learned queries;
+  # 'blind': nothing of the image.
+  c.model.compressor.name = "voco"
   c.model.compressor.num_voco_tokens = 1  # k, 1 to 128
   c.model.compressor.text_sees_bos = False  # True: text also sees BOS
+  c.model.compressor.qformer_layers = 2  # blocks of 'qformer'
 
   c.prompt = ConfigDict()
   # 'voco_v1' is that of VoCo-LLaMA, 'vicuna_v1' that of LLaVA-1.5, 'plain' an
@@ -82,8 +85,9 @@ def get_config() -> ConfigDict:
   c.prompt.strip_newlines = "none"
 
   c.data = ConfigDict()
-  c.data.source = "llava_json"  # or 'easy_vqa'
-  c.data.path = ""  # the JSON file; for easy_vqa the TFDS folder ('' default)
+  c.data.source = "llava_json"  # or 'easy_vqa', 'grid_vqa'
+  c.data.grid_size = 2  # grid_vqa: cells a side, 2 to 4
+  c.data.path = ""  # the JSON file; of the others the TFDS folder ('' default)
   c.data.image_folder = ""  # image paths in the JSON are relative to it
   c.data.tokenizer = ""  # folder of a Hugging Face tokenizer
   c.data.train_split = "train"  # TFDS split name

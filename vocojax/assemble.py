@@ -9,6 +9,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import cast
 
 import jax
@@ -36,6 +37,8 @@ _RESULTS = {
   ("full", "voco"): ("lower", "lower bound, the same under the VoCo mask"),
   ("voco", "full"): ("voco_full", "VoCo weights, all patches"),
   ("avgpool", "avgpool"): ("avgpool", "mean patches"),
+  ("qformer", "qformer"): ("qformer", "Q-Former"),
+  ("blind", "blind"): ("blind", "blind, the question alone"),
 }
 
 
@@ -62,28 +65,21 @@ def make_workdir(path: str) -> pathlib.Path:
 def tokenizer_for(
   config: Config, source: Source, workdir: pathlib.Path
 ) -> transformers.PreTrainedTokenizerFast:
-  """The tokenizer of the config; easy-VQA may do without one of its own.
+  """The tokenizer of the config; small data sets may do without one.
 
   Without `config.data.tokenizer`, a word-level tokenizer is made from the
-  questions and answers of easy-VQA's training split and saved in the workdir;
-  of several hosts, the first one does so.
+  questions and answers of easy-VQA's training split, or of all words of
+  GridVQA, and saved in the workdir; of several hosts, the first one does so.
 
   Raises:
     ConfigError: no tokenizer is named for another source.
     DataError: its folder cannot be used.
   """
   folder = config.data.tokenizer
-  if not folder and config.data.source == "easy_vqa":
+  if not folder and config.data.source in ("easy_vqa", "grid_vqa"):
     folder = workdir / "tokenizer"
     if jax.process_index() == 0 and not folder.is_dir():
-      texts = (
-        text
-        for i in range(len(source))
-        for conversation in source[i].conversations
-        for turn in conversation
-        for text in turn
-      )
-      build_word_level(texts).save_pretrained(folder)
+      build_word_level(_texts(config, source)).save_pretrained(folder)
     distributed.gather(None)  # wait for it
   if not folder:
     raise ConfigError(
@@ -92,6 +88,19 @@ def tokenizer_for(
       "hub are what LLaVA uses"
     )
   return load_tokenizer(folder)
+
+
+def _texts(config: Config, source: Source) -> Iterator[str]:
+  """Texts with every word of a small data set."""
+  if config.data.source == "grid_vqa":
+    from vocojax.data.tfds import grid_vqa  # slow to import
+
+    yield from grid_vqa.words()
+    return
+  for i in range(len(source)):
+    for conversation in source[i].conversations:
+      for turn in conversation:
+        yield from turn
 
 
 def make_model(

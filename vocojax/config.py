@@ -2,7 +2,8 @@
 
 `configs/common.py` holds every key with its default; the dataclasses here hold
 its type and the values it may take. All errors about a config are raised here,
-before any device is touched.
+before any device is touched. A key that came later has a default here, so that
+checkpoints from before it can still be read.
 """
 
 import dataclasses
@@ -124,7 +125,7 @@ class VisionConfig:
       )
 
 
-CompressorName = Literal["voco", "full", "avgpool"]
+CompressorName = Literal["voco", "full", "avgpool", "qformer", "blind"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +135,10 @@ class CompressorConfig:
   name: CompressorName
   num_voco_tokens: int
   text_sees_bos: bool
+  qformer_layers: int = 2
 
   def __post_init__(self):
-    _positive(self, "model.compressor", "num_voco_tokens")
+    _positive(self, "model.compressor", "num_voco_tokens qformer_layers")
 
 
 # Keys of config.model that say how a model is computed, not which it is.
@@ -200,7 +202,7 @@ class PromptConfig:
 class DataConfig:
   """Where samples come from and how they are batched."""
 
-  source: Literal["easy_vqa", "llava_json"]
+  source: Literal["easy_vqa", "grid_vqa", "llava_json"]
   path: str
   image_folder: str
   tokenizer: str
@@ -217,6 +219,7 @@ class DataConfig:
   num_workers: int
   prefetch_batches: int
   on_bad_record: Literal["skip", "stop"]
+  grid_size: int = 2
 
   def __post_init__(self):
     _positive(
@@ -225,6 +228,10 @@ class DataConfig:
       "max_text_length max_images pack_lookahead batch_size prefetch_batches",
     )
     _not_negative(self, "data", "conversations_per_record num_workers")
+    if self.grid_size not in (2, 3, 4):
+      raise ConfigError(
+        f"config.data.grid_size: found {self.grid_size}, expected 2, 3 or 4"
+      )
 
   @property
   def max_conversations(self) -> int:
@@ -402,6 +409,8 @@ def from_mapping(cls: type, values: Any, path: str = "config"):
   kwargs = {}
   for key in fields:
     if key not in values:
+      if fields[key].default is not dataclasses.MISSING:
+        continue
       raise ConfigError(f"{path}.{key}: missing; configs/common.py has it")
     kwargs[key] = _check(hints[key], values[key], f"{path}.{key}")
   return cls(**kwargs)

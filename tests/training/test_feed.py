@@ -58,9 +58,9 @@ def test_slow_data_is_named(folder, monkeypatch, caplog, seconds):
   data.close()
   said = [r.getMessage() for r in caplog.records]
   expected = (
-    "process 0 of 1 has waited 0.4 s for data, the batch after "
-    "{'next_record': 0} of its share; its data workers, disk or network are "
-    "slow, and all hosts wait for it"
+    "process 0 of 1 has waited 0.4 s for data, the batch after record 0 of its "
+    "share; its data workers, disk or network are slow, and all hosts wait for "
+    "it"
   )
   assert said == ([expected] if seconds else [])
 
@@ -73,8 +73,7 @@ def test_dead_data_worker_is_named(folder):
   worker.kill()
   expected = (
     r"process 0 of 1: a data worker died while the batch after "
-    r"\{'next_record': \d+\} of its share was read \(.*exit code -9.*\); if it "
-    r"was out of memory, lower config.data.num_workers or "
+    r"record \d+ of its share was read \(.*exit code -9.*\); if it was out of memory, lower config.data.num_workers or "
     r"config.data.prefetch_batches"
   )
   with pytest.raises(DataError) as e:

@@ -1,7 +1,7 @@
 """Sources: random access to records. Read next: pipeline.py.
 
-A record is some images and the conversations about them. Two sources give
-records: `easy_vqa` (a TFDS data set) and `llava_json` (a LLaVA-format JSON
+A record is some images and the conversations about them. Sources of records are
+`easy_vqa` and `grid_vqa` (TFDS data sets) and `llava_json` (a LLaVA-format JSON
 file beside a folder of images). Opening a source checks files and folders;
 what is wrong with one record is raised when that record is read, so that a
 long run can skip it.
@@ -72,6 +72,8 @@ def make_source(data: DataConfig, split: str) -> Source:
   """
   if data.source == "easy_vqa":
     return easy_vqa(split, data.path)
+  if data.source == "grid_vqa":
+    return grid_vqa(data.grid_size, split, data.path)
   return llava_json(data.path, data.image_folder, split)
 
 
@@ -88,39 +90,70 @@ def easy_vqa(split: str, data_dir: str | os.PathLike = "") -> Source:
     DataError: the package is missing, the folder cannot be written, or the
       split is unknown or empty.
   """
-  # Slow to import, and only this source needs it.
-  import tensorflow_datasets as tfds
-
+  # Slow to import, and only TFDS sources need it.
   from vocojax.data.tfds.easy_vqa import EasyVqa
+
+  return _tfds("easy_vqa", EasyVqa, split, data_dir)
+
+
+def grid_vqa(
+  grid_size: int, split: str, data_dir: str | os.PathLike = ""
+) -> Source:
+  """One record per image of GridVQA, with ids like 'test/17'.
+
+  The ArrayRecord files are generated on first use.
+
+  Args:
+    grid_size: cells a side, 2 to 4.
+    split: 'train', 'validation' or 'test', or a slice of one.
+    data_dir: TFDS folder; '' is TFDS' own default.
+
+  Raises:
+    DataError: the folder cannot be written, or the split is unknown or empty.
+  """
+  from vocojax.data.tfds.grid_vqa import GridVqa
+
+  variant = {"config": f"{grid_size}x{grid_size}"}
+  return _tfds("grid_vqa", GridVqa, split, data_dir, **variant)
+
+
+def _tfds(
+  name: str, builder_class, split: str, data_dir: str | os.PathLike, **variant
+) -> Source:
+  """A split of a TFDS data set, which is written if it is not there."""
+  import tensorflow_datasets as tfds
 
   folder = os.path.expanduser(data_dir) or None
   try:
-    builder = EasyVqa(data_dir=folder, file_format="array_record")
+    builder = builder_class(
+      data_dir=folder, file_format="array_record", **variant
+    )
     if not builder.info.splits:
       tfds.disable_progress_bar()
-      logging.info("Writing easy-VQA to %s", builder.data_dir)
+      logging.info("Writing %s to %s", name, builder.data_dir)
       builder.download_and_prepare()
   except OSError as e:
     raise DataError(
-      f"easy_vqa: cannot use the folder {folder or '~/tensorflow_datasets'} "
+      f"{name}: cannot use the folder {folder or '~/tensorflow_datasets'} "
       f"({e}); set config.data.path to a folder that can be written"
     ) from e
   try:
     count = builder.info.splits[split].num_examples
   except (KeyError, ValueError) as e:
+    names = ", ".join(map(repr, builder.info.splits))
     raise DataError(
-      f"easy_vqa: no split {split!r}; use 'train', 'test' or a slice of one, "
-      "such as 'train[:100]'"
+      f"{name}: no split {split!r}; use {names} or a slice of one, such as "
+      "'train[:100]'"
     ) from e
   if not count:
-    raise DataError(_empty("easy_vqa", split))
+    raise DataError(_empty(name, split))
   rows = builder.as_data_source(
     split=split, decoders={"image": tfds.decode.SkipDecoding()}
   )
-  return _EasyVqa(rows, split.partition("[")[0])
+  return _TfdsSource(rows, split.partition("[")[0])
 
 
-class _EasyVqa:
+class _TfdsSource:
   def __init__(self, rows, name: str):
     self._rows = rows
     self._name = name

@@ -140,7 +140,7 @@ class VocoCache:
 
     VoCo tokens are causal among themselves, so this is what the same model
     makes of the images with k = m. (Not so with `avgpool`, whose tokens are
-    parts of the image.)
+    parts of the image, and `qformer`, whose tokens read each other.)
 
     Raises:
       CacheError: there are fewer than m tokens, or m is not positive.

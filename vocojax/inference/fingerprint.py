@@ -60,6 +60,9 @@ def _relevant(config: ModelConfig) -> dict:
   fields: dict[str, Any] = dataclasses.asdict(config)
   for key in HOW_COMPUTED:
     del fields[key]
+  if config.compressor.name == "qformer":
+    return fields
+  del fields["compressor"]["qformer_layers"]
   # The tokens of avgpool are parts of the image: k changes each of them.
   if config.compressor.name != "avgpool":
     del fields["compressor"]["num_voco_tokens"]

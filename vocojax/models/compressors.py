@@ -1,17 +1,20 @@
 """What goes into the image stream, and which of its tokens text may see.
 
-N images, A image-stream length, D width. Read next: `vlm.py`.
+N images, A image-stream length, D width. Read next: `qformer.py`, `vlm.py`.
 
-| name      | image stream                                | visible to text  |
-|-----------|---------------------------------------------|------------------|
-| `voco`    | prefix, patches, suffix, k VoCo tokens      | the VoCo tokens  |
-| `full`    | prefix, patches                             | all of it        |
-| `avgpool` | prefix, k pooled tokens                  | all of it        |
+| name      | image stream                           | visible to text |
+|-----------|----------------------------------------|-----------------|
+| `voco`    | prefix, patches, suffix, k VoCo tokens | the VoCo tokens |
+| `full`    | prefix, patches                        | all of it       |
+| `avgpool` | prefix, k pooled tokens                | all of it       |
+| `qformer` | prefix, k query tokens                 | all of it       |
+| `blind`   | prefix                                 | all of it       |
 
 Every VoCo token is the same row of the embedding table; only its position
 tells the first from the second, so k may change without new parameters.
 `avgpool` averages the patches of k regions of the image and maps each by one
-linear layer, as LLaMA-VID (arXiv 2311.17043) does.
+linear layer, as LLaMA-VID (arXiv 2311.17043) does. `blind` is the control that
+tells how far the questions alone lead.
 """
 
 import dataclasses
@@ -89,10 +92,12 @@ def image_stream(config: ModelConfig, tokens: StreamTokens) -> ImageStream:
     length = len(before) + patches
     return ImageStream(before, (), patches, tuple(range(length)), length)
   k = compressor.num_voco_tokens
-  if compressor.name == "avgpool":
-    pool_grid(config)
-    length = len(before) + k
-    return ImageStream(before, (), k, tuple(range(length)), length)
+  if compressor.name in ("avgpool", "qformer", "blind"):
+    if compressor.name == "avgpool":
+      pool_grid(config)
+    count = 0 if compressor.name == "blind" else k
+    length = len(before) + count
+    return ImageStream(before, (), count, tuple(range(length)), length)
   after = tokens.suffix_ids + (tokens.voco_token_id,) * k
   first = len(before) + patches + len(tokens.suffix_ids)
   visible = tuple(range(first, first + k))

@@ -30,6 +30,7 @@ from vocojax.models.compressors import (
 )
 from vocojax.models.llama import Llama
 from vocojax.models.projector import Projector
+from vocojax.models.qformer import QFormer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,24 +76,37 @@ class VisionLanguageModel:
       "projector": projector["params"],
       "llm": self.llm.init(llm_key),
     }
-    if self.config.compressor.name == "avgpool":
+    if self._pool:
       grid = (1, self.config.vision.num_patches, self.config.llm.hidden_size)
-      pool = AveragePool(self.config).init(projector_key, jnp.zeros(grid))
+      pool = self._pool.init(projector_key, jnp.zeros(grid, self.config.dtype))
       params["compressor"] = pool["params"]
     return params
+
+  @property
+  def _pool(self) -> AveragePool | QFormer | None:
+    """What makes fewer tokens of the patches before the language model."""
+    if self.config.compressor.name == "avgpool":
+      return AveragePool(self.config)
+    if self.config.compressor.name == "qformer":
+      return QFormer(self.config)
+    return None
 
   def embed_images(
     self, params, images: UInt8[Array, "N S S 3"]
   ) -> Float[Array, "N A D"]:
     """Pixels to the input of the image stream."""
+    if self.config.compressor.name == "blind":
+      nothing = (len(images), 0, self.config.llm.hidden_size)
+      return self.stream.embed(
+        jnp.zeros(nothing, self.config.dtype),
+        lambda ids: self.llm.embed(params["llm"], ids),
+      )
     features = self.vision.features(params["vision"], images)
     patches = Projector(self.config).apply(
       {"params": params["projector"]}, features
     )
-    if self.config.compressor.name == "avgpool":
-      patches = AveragePool(self.config).apply(
-        {"params": params["compressor"]}, patches
-      )
+    if self._pool:
+      patches = self._pool.apply({"params": params["compressor"]}, patches)
     return self.stream.embed(
       patches, lambda ids: self.llm.embed(params["llm"], ids)
     )

@@ -53,6 +53,15 @@ RULES = (
   (r"^projector/linear_2/bias", (None,)),
   (r"^compressor/linear/kernel", ("fsdp", "tensor")),
   (r"^compressor/linear/bias", ("tensor",)),
+  (r"^compressor/queries", (None, "fsdp")),
+  (
+    r"^compressor/block_.*(q_proj|k_proj|v_proj|fc1)/kernel",
+    ("fsdp", "tensor"),
+  ),
+  (r"^compressor/block_.*(q_proj|k_proj|v_proj|fc1)/bias", ("tensor",)),
+  (r"^compressor/block_.*(out_proj|fc2)/kernel", ("tensor", "fsdp")),
+  (r"^compressor/block_.*(out_proj|fc2)/bias", (None,)),
+  (r"^compressor/.*norm/(scale|bias)", (None,)),
 )
 
 

@@ -93,10 +93,10 @@ def make_plan(path: str, layout: hf.Layout, dtype: str = "") -> Plan:
   """
   loaded = checkpoint.load(path)
   model, where = loaded.config.model, loaded.path
-  if model.compressor.name == "avgpool":
+  if model.compressor.name in ("avgpool", "qformer"):
     raise WeightsError(
-      f"{where}: compressor 'avgpool' has a layer of its own, expected 'voco' "
-      "or 'full'; no published layout has a place for it"
+      f"{where}: compressor {model.compressor.name!r} has weights of its own, "
+      "expected 'voco' or 'full'; no published layout has a place for them"
     )
   if layout == "llava_hf" and model.projector != "mlp2x_gelu":
     raise WeightsError(

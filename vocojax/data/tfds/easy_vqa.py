@@ -10,9 +10,9 @@ import json
 import pathlib
 from typing import ClassVar
 
-import numpy as np
 import tensorflow_datasets as tfds
 
+from vocojax.data.tfds.features import image_with_questions
 from vocojax.errors import DataError
 
 
@@ -30,20 +30,7 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
       builder=self,
       description="Questions about a coloured shape.",
       homepage="https://github.com/vzhou842/easy-VQA",
-      features=tfds.features.FeaturesDict(
-        {
-          "image_id": np.int64,
-          "image": tfds.features.Image(
-            shape=(64, 64, 3), encoding_format="png"
-          ),
-          "questions": tfds.features.Sequence(
-            {
-              "question": tfds.features.Text(),
-              "answer": tfds.features.Text(),
-            }
-          ),
-        }
-      ),
+      features=image_with_questions(64),
       disable_shuffling=True,  # record i is image i
     )
 

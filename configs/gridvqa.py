@@ -1,0 +1,32 @@
+"""GridVQA: every method from the same start; see launch/reproduce_small.sh.
+
+  python -m vocojax.train --config=configs/gridvqa_start.py --workdir=DIR/start
+  python -m vocojax.train --config=configs/gridvqa.py --workdir=DIR/voco_1 \
+    --config.init_from=DIR/start/full --config.model.compressor.name=voco
+
+Hardware: one CPU core each. The vision tower is frozen, as in the paper's
+second phase; `--config.data.grid_size` is that of the start.
+"""
+
+from configs import common
+
+
+def get_config():
+  c = common.get_config()
+  m, llm, vision = c.model, c.model.llm, c.model.vision
+  m.update(dtype="float32", remat="none", scan_layers=False)
+  llm.update(vocab_size=61, vocab_multiple=64, hidden_size=96, head_dim=32)
+  llm.update(num_hidden_layers=3, intermediate_size=256, initializer_range=0.1)
+  llm.update(num_attention_heads=3, num_key_value_heads=3)
+  vision.update(image_size=64, patch_size=8, feature_layer=-1, hidden_size=96)
+  vision.update(num_hidden_layers=2, num_attention_heads=4)
+  vision.update(intermediate_size=384, initializer_range=0.1)
+  c.prompt.layout = "qa_v1"
+  c.data.update(source="grid_vqa", max_text_length=112, batch_size=32)
+  c.data.update(conversations_per_record=8)
+  c.optimizer.update(name="muon", learning_rate=0.02, adam_learning_rate=3e-3)
+  c.optimizer.update(b2=0.99, weight_decay=0.01, warmup_ratio=0.05)
+  c.training.update(steps=700, evaluate=True, log_every=20)
+  c.training.update(checkpoint_every=200, keep_checkpoints=1)
+  c.evaluation.max_new_tokens = 3
+  return c

@@ -1,0 +1,16 @@
+"""GridVQA, first phase: everything learns, text sees every patch.
+
+  python -m vocojax.train --config=configs/gridvqa_start.py --workdir=DIR/start
+
+Hardware: one CPU core. Read next: gridvqa.py.
+"""
+
+from configs import gridvqa
+
+
+def get_config():
+  c = gridvqa.get_config()
+  c.model.compressor.name = "full"
+  c.optimizer.freeze = ()
+  c.training.steps = 1500
+  return c
