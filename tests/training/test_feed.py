@@ -73,7 +73,8 @@ def test_dead_data_worker_is_named(folder):
   worker.kill()
   expected = (
     r"process 0 of 1: a data worker died while the batch after "
-    r"record \d+ of its share was read \(.*exit code -9.*\); if it was out of memory, lower config.data.num_workers or "
+    r"record \d+ of its share was read \(.*exit code -9.*\); if it was out of "
+    r"memory, lower config.data.num_workers or "
     r"config.data.prefetch_batches"
   )
   with pytest.raises(DataError) as e:

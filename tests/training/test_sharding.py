@@ -85,7 +85,7 @@ def test_accumulation_changes_nothing(folder, one_device):
 
 # Where every parameter lies. Stacked layers have the layer dimension first.
 GOLDEN = {
-  # Only avgpool has a compressor with weights.
+  # Of avgpool; that of qformer is below.
   "compressor/linear/bias": P("tensor"),
   "compressor/linear/kernel": P("fsdp", "tensor"),
   "llm/embed_tokens/embedding": P("tensor", "fsdp"),
@@ -128,6 +128,41 @@ GOLDEN = {
   "vision/pre_layernorm/bias": P(None),
   "vision/pre_layernorm/scale": P(None),
 }
+QFORMER = {
+  "block/cross_attention/k_proj/bias": P("tensor"),
+  "block/cross_attention/k_proj/kernel": P("fsdp", "tensor"),
+  "block/cross_attention/out_proj/bias": P(None),
+  "block/cross_attention/out_proj/kernel": P("tensor", "fsdp"),
+  "block/cross_attention/q_proj/bias": P("tensor"),
+  "block/cross_attention/q_proj/kernel": P("fsdp", "tensor"),
+  "block/cross_attention/v_proj/bias": P("tensor"),
+  "block/cross_attention/v_proj/kernel": P("fsdp", "tensor"),
+  "block/cross_norm/bias": P(None),
+  "block/cross_norm/scale": P(None),
+  "block/fc1/bias": P("tensor"),
+  "block/fc1/kernel": P("fsdp", "tensor"),
+  "block/fc2/bias": P(None),
+  "block/fc2/kernel": P("tensor", "fsdp"),
+  "block/mlp_norm/bias": P(None),
+  "block/mlp_norm/scale": P(None),
+  "block/self_attention/k_proj/bias": P("tensor"),
+  "block/self_attention/k_proj/kernel": P("fsdp", "tensor"),
+  "block/self_attention/out_proj/bias": P(None),
+  "block/self_attention/out_proj/kernel": P("tensor", "fsdp"),
+  "block/self_attention/q_proj/bias": P("tensor"),
+  "block/self_attention/q_proj/kernel": P("fsdp", "tensor"),
+  "block/self_attention/v_proj/bias": P("tensor"),
+  "block/self_attention/v_proj/kernel": P("fsdp", "tensor"),
+  "block/self_norm/bias": P(None),
+  "block/self_norm/scale": P(None),
+  "linear/bias": P("tensor"),
+  "linear/kernel": P("fsdp", "tensor"),
+  "norm/bias": P(None),
+  "norm/scale": P(None),
+  "patch_norm/bias": P(None),
+  "patch_norm/scale": P(None),
+  "queries": P(None, "fsdp"),
+}
 PAPER = phases(voco_1tok.get_config())[0]
 
 
@@ -165,6 +200,17 @@ def test_golden_table(sizes, overrides, absent):
   assert specs(found) == golden(*absent)
 
 
+def test_golden_table_of_qformer():
+  found = specs(
+    abstract(builders.model({"compressor.name": "qformer"}), 2, 2, 2)
+  )
+  expected = {}
+  for path, x in QFORMER.items():
+    for i in range(2 if path.startswith("block") else 1):
+      expected["compressor/" + path.replace("block", f"block_{i}")] = x
+  assert found == golden("compressor") | expected
+
+
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
 def test_7b_shapes(sizes):
   """By shape only: the arrays would take 27 GB."""
@@ -184,12 +230,10 @@ def test_7b_shapes(sizes):
 
 
 def test_each_parameter_matches_one_rule_and_no_rule_is_idle():
-  pooled = CompressorConfig("avgpool", 1, text_sees_bos=False, qformer_layers=2)
   used = set()
-  for config in (
-    PAPER.model,
-    dataclasses.replace(PAPER.model, compressor=pooled),
-  ):
+  for name in ("voco", "avgpool", "qformer"):
+    compressor = CompressorConfig(name, 1, text_sees_bos=False)
+    config = dataclasses.replace(PAPER.model, compressor=compressor)
     for path in abstract(VisionLanguageModel(config, builders.TOKENS)):
       matching = [p for p, _ in sharding.RULES if re.search(p, path)]
       assert len(matching) == 1, (path, matching)

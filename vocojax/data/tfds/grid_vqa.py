@@ -183,7 +183,7 @@ def words() -> list[str]:
     "than color shape yes no the ?"
   )
   names = [*COLORS, *SHAPES, *SHAPES.values(), NONE, *numbers, asked, *_SIDES]
-  return " ".join(names).split()
+  return sorted(set(" ".join(names).split()))
 
 
 def _choose(rng: np.random.Generator, options):
