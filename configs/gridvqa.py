@@ -15,7 +15,7 @@ def get_config():
   c = common.get_config()
   m, llm, vision = c.model, c.model.llm, c.model.vision
   m.update(dtype="float32", remat="none", scan_layers=False)
-  llm.update(vocab_size=61, vocab_multiple=64, hidden_size=96, head_dim=32)
+  llm.update(vocab_size=57, vocab_multiple=64, hidden_size=96, head_dim=32)
   llm.update(num_hidden_layers=3, intermediate_size=256, initializer_range=0.1)
   llm.update(num_attention_heads=3, num_key_value_heads=3)
   vision.update(image_size=64, patch_size=8, feature_layer=-1, hidden_size=96)

@@ -127,7 +127,7 @@ def test_no_held_out_arrangement_is_trained_on(monkeypatch):
 
 def test_every_word_is_known():
   words = grid_vqa.words()
-  assert len(words) == len(set(words)) == 57
+  assert len(words) == len(set(words)) == 53
   for grid_size in (2, 3, 4):
     for grid, rng in itertools.islice(grid_vqa.grids(grid_size, "test"), 300):
       for text in itertools.chain(*grid_vqa.questions(grid, rng)):

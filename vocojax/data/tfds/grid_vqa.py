@@ -25,14 +25,11 @@ COLORS = {
   "green": (40, 165, 60),
   "blue": (45, 80, 215),
   "yellow": (230, 200, 40),
-  "purple": (145, 60, 175),
-  "cyan": (45, 185, 195),
 }
 SHAPES = {  # and their plurals
   "circle": "circles",
   "square": "squares",
   "triangle": "triangles",
-  "cross": "crosses",
 }
 NONE = "none"  # answer about an empty cell
 _EMPTY = 0.2  # part of the cells without an object
@@ -153,14 +150,9 @@ def _draw_shape(pen, shape: str, box, fill) -> None:
     pen.ellipse(box, fill)
   elif shape == "square":
     pen.rectangle(box, fill)
-  elif shape == "triangle":
-    pen.polygon(
-      [((left + right) / 2, top), (right, bottom), (left, bottom)], fill
-    )
-  else:  # cross
-    third = (right - left) / 3
-    pen.rectangle((left + third, top, right - third, bottom), fill)
-    pen.rectangle((left, top + third, right, bottom - third), fill)
+  else:
+    top_corner = ((left + right) / 2, top)
+    pen.polygon([top_corner, (right, bottom), (left, bottom)], fill)
 
 
 def questions(grid: Grid, rng: np.random.Generator) -> list[Question]:

@@ -1,0 +1,237 @@
+"""The paper's comparison at small scale: every method from the same start.
+
+  python -m benchmarks.study --out=runs/study [--grids 2 3] [--seeds 0 1 2]
+
+For each grid and seed, `full` is trained with all that learns; from there each
+method goes on for as many steps on the same data with the vision tower frozen.
+Runs that have a result are skipped, and one that was stopped goes on from its
+checkpoint. `launch/reproduce_small.sh` installs what this needs. Read next:
+configs/gridvqa.py, ../vocojax/evals/tables.py, which makes the tables.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import fnmatch
+import json
+import os
+import pathlib
+import queue
+import subprocess
+import sys
+import time
+
+import tqdm
+
+from configs import gridvqa, gridvqa_start
+
+_START = "start"
+# Seconds of a step on one of two busy cores of an AMD EPYC, 2026-11-25.
+_SECONDS = {"start": 0.8, "full": 0.6, "voco": 0.6, "distill": 1.0, "other": 0.4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """One row of the tables.
+
+  Attributes:
+    name: of its folder.
+    compressor: what text sees.
+    k: tokens of an image.
+    flags: further ones of vocojax.train.
+    evaluations: flags of further calls of vocojax.evaluate, and the results
+      that they leave.
+  """
+
+  name: str
+  compressor: str
+  k: int = 1
+  flags: tuple[str, ...] = ()
+  evaluations: tuple[tuple[tuple[str, ...], str], ...] = ()
+
+
+def _distilled(weight: str, teacher: str) -> Method:
+  flags = [f"--config.training.distill_weight={weight}"]
+  if teacher == "start":
+    flags.append("--config.training.teacher={start}")
+  name = f"voco_1_distilled_{weight}_{teacher}"
+  return Method(name, "voco", 1, tuple(flags))
+
+
+_TRUNCATED = tuple(
+  ((f"--num_voco_tokens={m}",), f"voco_{m}") for m in (1, 2, 4, 8)
+)
+METHODS = (
+  Method("full", "full", 1, (), ((("--compressor=voco",), "lower"),)),
+  Method("voco_1", "voco"),
+  Method("avgpool_1", "avgpool"),
+  Method("qformer_1", "qformer"),
+  Method("blind", "blind"),
+  *(Method(f"voco_{k}", "voco", k) for k in (2, 4, 8, 16)),
+  Method(
+    "voco_16_elastic",
+    "voco",
+    16,
+    ("--config.model.compressor.train_num_voco_tokens=elastic",),
+    (*_TRUNCATED, (("--adaptive",), "voco_adaptive")),
+  ),
+  *(
+    _distilled(weight, teacher)
+    for teacher in ("self", "start")
+    for weight in ("0.5", "1.0", "2.0")
+  ),
+  # The tower learns on, as it does not in the paper.
+  Method("voco_1_free", "voco", 1, ("--config.optimizer.freeze=()",)),
+  Method("avgpool_1_free", "avgpool", 1, ("--config.optimizer.freeze=()",)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One folder of results: a method, or the start of all, for a seed."""
+
+  folder: pathlib.Path
+  grid: int
+  seed: int
+  method: Method | None
+
+  @property
+  def name(self) -> str:
+    return "/".join(self.folder.parts[-3:])
+
+  @property
+  def commands(self) -> list[tuple[list[str], pathlib.Path]]:
+    """What is to be run, and the file that each leaves when it is done."""
+    config = "gridvqa" if self.method else "gridvqa_start"
+    start = self.folder.parent / _START / "full"
+    train = [
+      "-m",
+      "vocojax.train",
+      f"--config=configs/{config}.py",
+      f"--workdir={self.folder}",
+      f"--config.seed={self.seed}",
+      f"--config.data.grid_size={self.grid}",
+    ]
+    results = self.folder / "evaluation"
+    if self.method is None:
+      return [(train, results / "full.json")]
+    m = self.method
+    train += [
+      f"--config.init_from={start}",
+      f"--config.model.compressor.name={m.compressor}",
+      f"--config.model.compressor.num_voco_tokens={m.k}",
+      *(flag.format(start=start) for flag in m.flags),
+    ]
+    checkpoint = f"--checkpoint={self.folder / m.compressor}"
+    return [
+      (train, results / f"{m.compressor}.json"),
+      *(
+        (["-m", "vocojax.evaluate", checkpoint, *flags], results / f"{r}.json")
+        for flags, r in m.evaluations
+      ),
+    ]
+
+  @property
+  def done(self) -> bool:
+    return all(result.is_file() for _, result in self.commands)
+
+  @property
+  def seconds(self) -> float:
+    """About how long it takes."""
+    if self.method is None:
+      return gridvqa_start.get_config().training.steps * _SECONDS["start"]
+    kind = self.method.compressor
+    if "distilled" in self.method.name:
+      kind = "distill"
+    kind = kind if kind in _SECONDS else "other"
+    return gridvqa.get_config().training.steps * _SECONDS[kind]
+
+
+def plan(
+  out: pathlib.Path, grids: list[int], seeds: list[int], only: str
+) -> list[Run]:
+  """All runs in the order in which they are best begun."""
+  methods = [m for m in METHODS if fnmatch.fnmatch(m.name, only)]
+  return [
+    Run(out / f"grid{g}" / f"seed{s}" / (m.name if m else _START), g, s, m)
+    for g in grids
+    for m in (None, *methods)
+    for s in seeds
+  ]
+
+
+def perform(run: Run, core: int) -> str:
+  """Runs what is not done of it; says what went wrong, if anything did."""
+  run.folder.mkdir(parents=True, exist_ok=True)
+  with (run.folder / "log.txt").open("a") as log:
+    for command, result in run.commands:
+      if result.is_file():
+        continue
+      process = subprocess.Popen(
+        [sys.executable, *command],
+        stdout=log,
+        stderr=log,
+        # Before its first JAX call, which starts a thread for every core.
+        preexec_fn=lambda: os.sched_setaffinity(0, [core]),
+      )
+      if process.wait():
+        return f"{run.name}: exit status {process.returncode}, see {log.name}"
+      if not result.is_file():
+        return f"{run.name}: left no {result.name}, see {log.name}"
+  return ""
+
+
+def perform_all(runs: list[Run]) -> list[str]:
+  """Each run on a core of its own, when its start is there."""
+  cores: queue.SimpleQueue[int] = queue.SimpleQueue()
+  for core in sorted(os.sched_getaffinity(0)):
+    cores.put(core)
+  failed = []
+  bar = tqdm.tqdm(
+    total=round(sum(r.seconds for r in runs)), unit="s of work", smoothing=0
+  )
+
+  def one(run: Run) -> str:
+    core = cores.get()
+    try:
+      return perform(run, core)
+    finally:
+      cores.put(core)
+
+  with concurrent.futures.ThreadPoolExecutor(cores.qsize()) as pool:
+    for group in ([r for r in runs if not r.method], [r for r in runs if r.method]):
+      begun = {pool.submit(one, run): run for run in group}
+      for future in concurrent.futures.as_completed(begun):
+        bar.update(round(begun[future].seconds))
+        bar.set_postfix_str(f"last {begun[future].name}")
+        if future.result():
+          failed.append(future.result())
+      if failed:
+        break
+  bar.close()
+  return failed
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--out", type=pathlib.Path, required=True)
+  parser.add_argument("--grids", type=int, nargs="+", default=[2, 3])
+  parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+  parser.add_argument("--only", default="*", help="methods, as 'voco_*'")
+  args = parser.parse_args()
+  runs = plan(args.out.absolute(), args.grids, args.seeds, args.only)
+  left = [run for run in runs if not run.done]
+  cores = len(os.sched_getaffinity(0))
+  hours = sum(run.seconds for run in left) / cores / 3600
+  print(
+    f"{len(left)} of {len(runs)} runs are to be done: about {hours:.1f} h on "
+    f"{cores} cores"
+  )
+  failed = perform_all(left)
+  for line in failed:
+    print(f"error: {line}", file=sys.stderr)
+  return 1 if failed else 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
