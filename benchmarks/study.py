@@ -13,13 +13,11 @@ import argparse
 import concurrent.futures
 import dataclasses
 import fnmatch
-import json
 import os
 import pathlib
 import queue
 import subprocess
 import sys
-import time
 
 import tqdm
 
@@ -27,7 +25,13 @@ from configs import gridvqa, gridvqa_start
 
 _START = "start"
 # Seconds of a step on one of two busy cores of an AMD EPYC, 2026-11-25.
-_SECONDS = {"start": 0.8, "full": 0.6, "voco": 0.6, "distill": 1.0, "other": 0.4}
+_SECONDS = {
+  "start": 0.8,
+  "full": 0.6,
+  "voco": 0.6,
+  "distill": 1.0,
+  "other": 0.4,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +203,8 @@ def perform_all(runs: list[Run]) -> list[str]:
       cores.put(core)
 
   with concurrent.futures.ThreadPoolExecutor(cores.qsize()) as pool:
-    for group in ([r for r in runs if not r.method], [r for r in runs if r.method]):
+    starts = [run for run in runs if not run.method]
+    for group in (starts, [run for run in runs if run.method]):
       begun = {pool.submit(one, run): run for run in group}
       for future in concurrent.futures.as_completed(begun):
         bar.update(round(begun[future].seconds))

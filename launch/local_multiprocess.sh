@@ -93,13 +93,15 @@ end() {
 }
 # shellcheck disable=SC2329 # a trap calls it
 interrupt() {
+  # Where one process leaves first, the other may abort; bash would report it.
+  exec 3>&2 2>/dev/null
   end INT || true
   for _ in {1..50}; do
     end 0 || break
     sleep 0.1
   done
   end KILL || true
-  echo "interrupted" >&2
+  echo "interrupted" >&3
   exit 130
 }
 set -m # a group of its own for each process, or it would not see Ctrl-C
