@@ -16,6 +16,7 @@ import fnmatch
 import os
 import pathlib
 import queue
+import shlex
 import subprocess
 import sys
 
@@ -223,6 +224,7 @@ def main() -> int:
   parser.add_argument("--grids", type=int, nargs="+", default=[2, 3])
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
   parser.add_argument("--only", default="*", help="methods, as 'voco_*'")
+  parser.add_argument("--dry_run", action="store_true", help="print commands")
   args = parser.parse_args()
   runs = plan(args.out.absolute(), args.grids, args.seeds, args.only)
   left = [run for run in runs if not run.done]
@@ -232,6 +234,12 @@ def main() -> int:
     f"{len(left)} of {len(runs)} runs are to be done: about {hours:.1f} h on "
     f"{cores} cores"
   )
+  if args.dry_run:
+    for run in left:
+      for command, result in run.commands:
+        if not result.is_file():
+          print(shlex.join(["python", *command]))
+    return 0
   failed = perform_all(left)
   for line in failed:
     print(f"error: {line}", file=sys.stderr)
