@@ -23,6 +23,7 @@ from absl import logging
 from vocojax.config import Config
 from vocojax.data import pipeline
 from vocojax.data.sources import Record, Source
+from vocojax.evals.categories import category
 from vocojax.inference.engine import Engine, Request
 from vocojax.models import layers
 from vocojax.models.vlm import VisionLanguageModel
@@ -54,13 +55,6 @@ class Evaluation:
   @property
   def correct(self) -> int:
     return sum(p["answer"] == p["prediction"] for p in self.predictions)
-
-
-def category(question: str, answer: str) -> str:
-  """Yes/no, colour or shape: what easy-VQA asks, judged by its words."""
-  if answer in ("yes", "no"):
-    return "yes/no"
-  return "color" if "color" in question else "shape"
 
 
 @dataclasses.dataclass
@@ -133,7 +127,7 @@ def answer_questions(
       "question": a.question,
       "answer": a.truth,
       "prediction": a.prediction,
-      "category": category(a.question, a.truth),
+      "category": category(config.data.source, a.question, a.truth),
     }
     for a in asked
   ]
