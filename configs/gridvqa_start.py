@@ -12,5 +12,5 @@ def get_config():
   c = gridvqa.get_config()
   c.model.compressor.name = "full"
   c.optimizer.freeze = ()
-  c.training.steps = 1500
+  c.training.steps = 800
   return c
