@@ -73,6 +73,9 @@ def get_config() -> ConfigDict:
   # 'blind': nothing of the image.
   c.model.compressor.name = "voco"
   c.model.compressor.num_voco_tokens = 1  # k, 1 to 128
+  # 'elastic' (voco only): text sees the first 1, 2, 4, ... or k of them, drawn
+  # for each record, so that one checkpoint answers from any such number.
+  c.model.compressor.train_num_voco_tokens = "fixed"
   c.model.compressor.text_sees_bos = False  # True: text also sees BOS
   c.model.compressor.qformer_layers = 2  # blocks of 'qformer'
 

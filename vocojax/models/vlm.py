@@ -120,6 +120,8 @@ class VisionLanguageModel:
       params: as `init` returns them.
       batch: `images` uint8 [B, F, S, S, 3], `image_group_ids` [B, F],
         `input_ids`, `segment_ids` and `text_group_ids` [B, T]; see masks.py.
+        With an elastic number of VoCo tokens also `num_voco_tokens` [B, F]:
+        so many of an image's k, the first ones, are seen.
     """
     image_x = self._embed_slots(params, batch["images"])
     return self.logits_from_embeddings(params["llm"], image_x, batch)
@@ -170,17 +172,29 @@ class VisionLanguageModel:
       llm_params, layers.shard_rows(x), batch
     )
 
+  def _strides(self, batch) -> Int[Array, "B F"]:
+    """Positions that each image leaves in the text's past."""
+    if self.config.compressor.budgets:
+      return batch["num_voco_tokens"]
+    return jnp.full_like(batch["image_group_ids"], self.stream.stride)
+
+  def _visible(self, batch) -> Bool[Array, "B F A"]:
+    """What text may see of each image; of k VoCo tokens maybe fewer."""
+    stream = self.stream
+    end = stream.start + self._strides(batch)
+    before_end = jnp.arange(stream.length) < end[..., None]
+    return before_end & jnp.asarray(stream.visible_mask)
+
   def _positions(self, batch):
     """Shift of each image stream [B, F] and text positions [B, T]."""
-    stream = self.stream
-    groups = batch["image_group_ids"]
-    offsets = masks.image_offsets(groups, stream.stride)
+    groups, strides = batch["image_group_ids"], self._strides(batch)
+    offsets = masks.image_offsets(groups, strides)
     text = masks.text_positions(
       groups,
       batch["segment_ids"],
       batch["text_group_ids"],
-      stream.length,
-      stream.stride,
+      self.stream.start,
+      strides,
     )
     return offsets, text
 
@@ -193,7 +207,7 @@ class VisionLanguageModel:
         batch["image_group_ids"],
         batch["segment_ids"],
         batch["text_group_ids"],
-        jnp.asarray(stream.visible_mask),
+        self._visible(batch),
       )
     )
     offsets, text_positions = self._positions(batch)
@@ -219,7 +233,9 @@ class VisionLanguageModel:
       axis=1,
     )
     visible_positions = (offsets[:, :, None] + visible).reshape(B, -1)
-    attend_text = attention.text_attention(self.config, batch, len(visible))
+    attend_text = attention.text_attention(
+      self.config, batch, self._visible(batch)[:, :, visible]
+    )
 
     def image_part(x):  # [B, F*A + T, ...] to [B*F, A, ...]
       return x[:, : F * A].reshape(B * F, A, *x.shape[2:])

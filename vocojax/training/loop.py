@@ -67,10 +67,13 @@ class Phase:
   @property
   def encoder(self) -> pipeline.Encoder:
     """Makes rows of records."""
-    config = self.config
-    image_size = config.model.vision.image_size
+    config, model = self.config, self.config.model
     return pipeline.Encoder(
-      self.tokenizer, config.prompt, config.data, image_size
+      self.tokenizer,
+      config.prompt,
+      config.data,
+      model.vision.image_size,
+      model.compressor.budgets,
     )
 
 
