@@ -134,9 +134,9 @@ class CompressorConfig:
 
   name: CompressorName
   num_voco_tokens: int
-  train_num_voco_tokens: Literal["fixed", "elastic"]
   text_sees_bos: bool
   qformer_layers: int = 2
+  train_num_voco_tokens: Literal["fixed", "elastic"] = "fixed"
 
   @property
   def budgets(self) -> tuple[int, ...]:
@@ -297,8 +297,11 @@ class TrainingConfig:
   checkpoint_every: int
   keep_checkpoints: int
   evaluate: bool
+  distill_weight: float = 0.0
+  teacher: str = "self"
 
   def __post_init__(self):
+    _not_negative(self, "training", "distill_weight")
     _positive(
       self, "training", "accumulate log_every checkpoint_every keep_checkpoints"
     )
@@ -405,6 +408,13 @@ def _phase(values: Mapping, where: str) -> Config:
       f"{compressor.train_num_voco_tokens!r} with compressor "
       f"{compressor.name!r}, expected 'fixed'; only the tokens of 'voco' can "
       "be cut, so set it in the phases with that"
+    )
+  if config.training.distill_weight and compressor.name != "voco":
+    raise ConfigError(
+      f"{where}.training.distill_weight: found "
+      f"{config.training.distill_weight} with compressor {compressor.name!r}, "
+      "expected 0; only 'voco' has a teacher that sees more of the same "
+      "stream, so set it in the phases with that"
     )
   return config
 

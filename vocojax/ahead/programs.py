@@ -121,6 +121,7 @@ def train(config: Config, mesh: Mesh) -> list[Program]:
   abstract = loop.abstract_state(config, model, mesh, optimizer)
   step = loop.jit_train_step(config, model, mesh, optimizer, abstract)
   batch = abstract_batch(config, mesh)
+  teacher = loop.abstract_teacher(config, model, mesh)
   trained, frozen = state.split(abstract.params, config.optimizer.freeze)
   tokens = data.batch_size * (
     data.max_images * model.stream.length + data.max_text_length
@@ -133,12 +134,13 @@ def train(config: Config, mesh: Mesh) -> list[Program]:
         "frozen parameters": frozen,
         "optimiser state": (abstract.step, abstract.opt_state),
         "batch": batch,
+        **({"teacher": teacher} if teacher else {}),
       },
       config.model.llm.num_hidden_layers,
       tokens,
       6 * _num_parameters(abstract.params["llm"]) * tokens / mesh.size,
       mesh,
-      lambda: step.lower(abstract, batch),
+      lambda: step.lower(abstract, batch, teacher),
     )
   ]
 
