@@ -73,6 +73,9 @@ def get_config() -> ConfigDict:
   # 'blind': nothing of the image.
   c.model.compressor.name = "voco"
   c.model.compressor.num_voco_tokens = 1  # k, 1 to 128
+  # 'elastic' (voco only): text sees the first 1, 2, 4, ... or k of them, drawn
+  # for each record, so that one checkpoint answers from any such number.
+  c.model.compressor.train_num_voco_tokens = "fixed"
   c.model.compressor.text_sees_bos = False  # True: text also sees BOS
   c.model.compressor.qformer_layers = 2  # blocks of 'qformer'
 
@@ -141,6 +144,12 @@ def get_config() -> ConfigDict:
   c.training.log_every = 10  # steps
   c.training.checkpoint_every = 500  # steps
   c.training.keep_checkpoints = 2  # newest ones
+  # Times KL(teacher || model) of the next token, added to the loss (voco only);
+  # 0 is off. The teacher reads the same text, but sees all patches.
+  c.training.distill_weight = 0.0
+  # 'self': the weights as they are now, for one more pass over the text. Or a
+  # phase folder with compressor 'full': its weights are held in memory too.
+  c.training.teacher = "self"
   c.training.evaluate = False  # generate answers and score them at the end
 
   c.mesh = ConfigDict()  # devices along each axis; -1 is all the rest

@@ -1,5 +1,6 @@
 """Configs: typed, complete, readable; every mistake names its key."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -171,6 +172,38 @@ def test_json_round_trip(path):
 def test_json_of_another_version(text):
   with pytest.raises(ConfigError, match=r"^w/config\.json: "):
     config_lib.Config.from_json(text, "w/config.json")
+
+
+def test_numbers_of_voco_tokens_to_train_with():
+  for k, expected in (
+    (1, (1,)),
+    (4, (1, 2, 4)),
+    (6, (1, 2, 4, 6)),
+    (128, (1, 2, 4, 8, 16, 32, 64, 128)),
+  ):
+    c = base()
+    c.model.compressor.num_voco_tokens = k
+    (fixed,) = config_lib.phases(c)
+    c.model.compressor.train_num_voco_tokens = "elastic"
+    (elastic,) = config_lib.phases(c)
+    assert fixed.model.compressor.budgets == ()
+    assert elastic.model.compressor.budgets == expected
+
+
+def test_only_voco_tokens_can_be_cut():
+  c = base()
+  c.phases = ("full", "voco")
+  c.phase.full = {"model": {"compressor": {"name": "full"}}}
+  elastic = {"compressor": {"train_num_voco_tokens": "elastic"}}
+  c.phase.voco = {"model": elastic}
+  full, voco = config_lib.phases(c)
+  # What was trained so may be used with another compressor, as a bound.
+  other = dataclasses.replace(voco.model.compressor, name="full")
+  assert other.budgets == () != voco.model.compressor.budgets
+  assert full.model.compressor.budgets == ()
+  c.model.update(elastic)
+  with pytest.raises(ConfigError, match=r"config\.phase\.full\.model\.compr"):
+    config_lib.phases(c)
 
 
 def uncommented(source: str) -> list[str]:

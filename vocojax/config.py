@@ -136,6 +136,20 @@ class CompressorConfig:
   num_voco_tokens: int
   text_sees_bos: bool
   qformer_layers: int = 2
+  train_num_voco_tokens: Literal["fixed", "elastic"] = "fixed"
+
+  @property
+  def budgets(self) -> tuple[int, ...]:
+    """Numbers of VoCo tokens that an example may be trained with; () is k.
+
+    Powers of two and k. Drawn alike, they make each doubling equally frequent:
+    of 1 to 128 drawn alike, one image in 128 would have one token, and half of
+    them more than 64, where one more changes little.
+    """
+    if self.train_num_voco_tokens == "fixed" or self.name != "voco":
+      return ()
+    k = self.num_voco_tokens
+    return (*(2**i for i in range((k - 1).bit_length())), k)
 
   def __post_init__(self):
     _positive(self, "model.compressor", "num_voco_tokens qformer_layers")
@@ -283,8 +297,11 @@ class TrainingConfig:
   checkpoint_every: int
   keep_checkpoints: int
   evaluate: bool
+  distill_weight: float = 0.0
+  teacher: str = "self"
 
   def __post_init__(self):
+    _not_negative(self, "training", "distill_weight")
     _positive(
       self, "training", "accumulate log_every checkpoint_every keep_checkpoints"
     )
@@ -363,7 +380,7 @@ def phases(config: ml_collections.ConfigDict) -> tuple[Config, ...]:
   overrides = values.pop("phase")
   if not names:
     name = values["model"]["compressor"]["name"]
-    return (from_mapping(Config, values | {"name": name}),)
+    return (_phase(values | {"name": name}, "config"),)
   result = []
   for name in names:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -371,9 +388,35 @@ def phases(config: ml_collections.ConfigDict) -> tuple[Config, ...]:
         f"config.phases: {name!r} must be letters, digits, '_' or '-', since "
         "it names a folder"
       )
-    merged = _overlay(values, overrides.get(name, {}), f"config.phase.{name}")
-    result.append(from_mapping(Config, merged | {"name": name}))
+    where = f"config.phase.{name}"
+    merged = _overlay(values, overrides.get(name, {}), where)
+    result.append(_phase(merged | {"name": name}, where))
   return tuple(result)
+
+
+def _phase(values: Mapping, where: str) -> Config:
+  """One phase, checked as a whole; `where` is the group with its own keys.
+
+  A checkpoint of it may be used with another compressor, so this is asked of
+  what is to be trained only.
+  """
+  config = from_mapping(Config, values)
+  compressor = config.model.compressor
+  if compressor.train_num_voco_tokens != "fixed" and compressor.name != "voco":
+    raise ConfigError(
+      f"{where}.model.compressor.train_num_voco_tokens: found "
+      f"{compressor.train_num_voco_tokens!r} with compressor "
+      f"{compressor.name!r}, expected 'fixed'; only the tokens of 'voco' can "
+      "be cut, so set it in the phases with that"
+    )
+  if config.training.distill_weight and compressor.name != "voco":
+    raise ConfigError(
+      f"{where}.training.distill_weight: found "
+      f"{config.training.distill_weight} with compressor {compressor.name!r}, "
+      "expected 0; only 'voco' has a teacher that sees more of the same "
+      "stream, so set it in the phases with that"
+    )
+  return config
 
 
 def load_module(path: str) -> ml_collections.ConfigDict:

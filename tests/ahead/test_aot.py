@@ -15,7 +15,7 @@ import pytest
 from tests import runs
 from vocojax.ahead import hlo, measure, programs, search, topology, work
 from vocojax.config import load_module, phases
-from vocojax.data import pipeline, prompt
+from vocojax.data import prompt
 from vocojax.data.sources import make_source
 from vocojax.data.tokenizer import load_tokenizer
 from vocojax.errors import UserError
@@ -285,14 +285,14 @@ def test_search_finds_that_nothing_fits():
   assert found is None
 
 
-def test_batch_is_that_of_the_pipeline(tmp_path):
+@pytest.mark.parametrize("number", ["fixed", "elastic"])
+def test_batch_is_that_of_the_pipeline(tmp_path, number):
   runs.write_data(tmp_path)
-  path = runs.write_config(tmp_path, "one.py", runs.ONE_PHASE)
+  key = "  c.model.compressor.train_num_voco_tokens"
+  tail = f"{key} = {number!r}\n{runs.ONE_PHASE}"
+  path = runs.write_config(tmp_path, "one.py", tail)
   (config,) = phases(load_module(str(path)))
-  words = load_tokenizer(config.data.tokenizer)
-  encoder = pipeline.Encoder(
-    words, config.prompt, config.data, config.model.vision.image_size
-  )
+  encoder = runs.phase(config, tmp_path / "run").encoder
   source = make_source(config.data, config.data.train_split)
   row = encoder(source[0], np.random.default_rng(0))
   batch = programs.abstract_batch(config, runs.mesh())

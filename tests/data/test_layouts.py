@@ -132,7 +132,11 @@ def test_positions_are_those_of_one_sequence(llama):
   assert stream.visible == tuple(range(at + 576))
   row = jnp.ones((1, len(ids) - at - 1), jnp.int32)
   found = masks.text_positions(
-    jnp.ones((1, 1), jnp.int32), row, row, stream.length, stream.stride
+    jnp.ones((1, 1), jnp.int32),
+    row,
+    row,
+    stream.start,
+    jnp.array([[stream.stride]]),
   )
   # One placeholder in `ids` for 576 patches.
   expected = np.arange(at + 1, len(ids)) + 575

@@ -143,8 +143,11 @@ def _answer(vlm, params, cache, rows, turns=2, seed=0, text_shift=0):
   return talk
 
 
-def _joint(vlm, params, rows, texts):
-  """Logits [B, slots, V] of whole texts, from pixels, without a cache."""
+def _joint(vlm, params, rows, texts, num_voco_tokens=0):
+  """Logits [B, slots, V] of whole texts, from pixels, without a cache.
+
+  An elastic model sees `num_voco_tokens` of each image.
+  """
   config = dataclasses.replace(vlm.config, attention="bias")
   B, slots = len(ROWS), 2 * WIDTH + STEPS
   index = np.full((B, max(len(images) for images, _ in ROWS)), -1)
@@ -161,6 +164,8 @@ def _joint(vlm, params, rows, texts):
     "segment_ids": real,
     "text_group_ids": real * present.any(axis=1)[:, None],
   }
+  if num_voco_tokens:
+    batch["num_voco_tokens"] = (num_voco_tokens * present).astype(np.int32)
   logits = _compiled(VisionLanguageModel(config, vlm.tokens), "text_logits")
   logits = logits(params, jax.tree.map(jnp.asarray, batch))
   return np.asarray(logits)[: len(rows)]
@@ -173,13 +178,13 @@ def _difference(a, b, vlm) -> float:
   return float(np.abs(a - b).max() / np.abs(b).max())
 
 
-def _check(vlm, params, talk, rows):
+def _check(vlm, params, talk, rows, num_voco_tokens=0):
   """Every choice of a token: all logits, and what was chosen.
 
   Text is causal, so one pass over the finished text gives what a pass after
   every token would; `test_a_pass_after_every_token` does the latter.
   """
-  joint = _joint(vlm, params, rows, talk.texts)
+  joint = _joint(vlm, params, rows, talk.texts, num_voco_tokens)
   found = np.stack(talk.logits)
   expected = joint[np.arange(len(rows)), np.array(talk.read_so_far) - 1]
   error = _difference(found, expected, vlm)
@@ -263,6 +268,15 @@ def test_truncated_caches_equal_fewer_tokens(m):
     np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max())
   # Read by the model of 16 tokens; checked against that of m.
   _check(vlm, params, _answer(longest, params, cache, ROWS), ROWS)
+
+
+@pytest.mark.parametrize("m", [1, 4, 7])
+def test_truncated_caches_equal_the_elastic_pass(m):
+  """What is trained is what a cut cache answers, with several images too."""
+  elastic = {"compressor.train_num_voco_tokens": "elastic"}
+  params, vlm = _params(2), _model(7, elastic)
+  cache = _compress(vlm, params, _images()).truncate(m)
+  _check(vlm, params, _answer(vlm, params, cache, ROWS), ROWS, m)
 
 
 def test_caches_put_together_in_another_order():

@@ -107,15 +107,24 @@ def batch(
     assert start <= T
   ids = rng.integers(0, vlm.config.llm.vocab_size, (B, T), np.int32)
   trained = (rng.random((B, T)) < 0.6) & (segments > 0)
-  return {
+  image_groups = np.array([row[0] for row in rows], np.int32)
+  result = {
     "images": rng.integers(0, 256, (B, F, size, size, 3), np.uint8),
-    "image_group_ids": np.array([row[0] for row in rows], np.int32),
+    "image_group_ids": image_groups,
     "image_segment_ids": image_segments,
     "input_ids": ids,
     "labels": np.where(trained, ids, -100).astype(np.int32),
     "segment_ids": segments,
     "text_group_ids": groups,
   }
+  compressor = vlm.config.compressor
+  if compressor.budgets:
+    # One number for each group of a row, those between the powers of 2 too.
+    shape = (B, F + 1)
+    drawn = rng.integers(1, compressor.num_voco_tokens, shape, np.int32, True)
+    drawn[:, 0] = 0  # of empty slots
+    result["num_voco_tokens"] = np.take_along_axis(drawn, image_groups, axis=1)
+  return result
 
 
 def loss_of(logits, batch) -> tuple[jax.Array, jax.Array]:

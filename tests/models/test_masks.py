@@ -36,8 +36,9 @@ def _joint_mask(image_group_ids, segment_ids, text_group_ids, visible):
     jnp.asarray(x, jnp.int32)
     for x in (image_group_ids, segment_ids, text_group_ids)
   )
+  shown = np.broadcast_to(visible, (*np.shape(image_group_ids), len(visible)))
   return np.asarray(
-    masks.two_stage_mask(*masks.joint_tokens(*arrays, jnp.asarray(visible)))
+    masks.two_stage_mask(*masks.joint_tokens(*arrays, jnp.asarray(shown)))
   )
 
 
@@ -111,7 +112,8 @@ def test_text_mask_is_the_text_rows_of_the_joint_mask(seed):
   ]
   joint = _joint_mask(*layout, visible)
   columns = np.concatenate([np.tile(visible, F), np.ones(T, bool)])
-  text = masks.text_mask(*layout, int(visible.sum()))
+  of_tokens = jnp.repeat(layout[0], int(visible.sum()), axis=1)
+  text = masks.text_mask(of_tokens, *layout[1:])
   np.testing.assert_array_equal(text, joint[:, -T:][:, :, columns])
   # Nothing of an image is lost by looking at visible columns only.
   assert not joint[:, -T:][:, :, ~columns].any()
@@ -131,29 +133,31 @@ def test_positions_of_the_original_layout(k):
   assert stream.length == 579 + k
   assert stream.visible == tuple(range(579, 579 + k))
   groups, text = jnp.ones((1, 1), jnp.int32), jnp.ones((1, 5), jnp.int32)
-  positions = masks.text_positions(
-    groups, text, text, stream.length, stream.stride
-  )
+  strides = jnp.array([[stream.stride]])
+  positions = masks.text_positions(groups, text, text, stream.start, strides)
   np.testing.assert_array_equal(positions[0], 579 + k + np.arange(5))
-  np.testing.assert_array_equal(masks.image_offsets(groups, k), [[0]])
+  np.testing.assert_array_equal(masks.image_offsets(groups, strides), [[0]])
 
 
 def test_positions_with_several_images_and_segments():
-  """Stream length 10, stride 2: an image shifts by 2, text follows the last."""
+  """8 positions before the VoCo tokens; text follows those of all images."""
   groups = jnp.array([[1, 1, 2, 1, 0, 2], [0, 0, 0, 0, 0, 0]])
   segments = jnp.array(
     [[1, 1, 2, 2, 2, 3, 4, 4, 0], [1, 1, 2, 2, 2, 2, 2, 2, 2]]
   )
   text = jnp.array([[1, 1, 2, 2, 2, 0, 1, 1, 0], [0] * 9])
-  np.testing.assert_array_equal(
-    masks.image_offsets(groups, 2)[0, jnp.array([0, 1, 2, 3, 5])],
-    [0, 2, 0, 4, 2],
-  )
-  positions = masks.text_positions(groups, segments, text, 10, 2)
-  np.testing.assert_array_equal(
-    positions[0, :8], [14, 15, 12, 13, 14, 0, 14, 15]
-  )
-  np.testing.assert_array_equal(positions[1], [0, 1, 0, 1, 2, 3, 4, 5, 6])
+  for strides, offsets, expected in (
+    # All images are 2 tokens, ...
+    ([2, 2, 2, 2, 2, 2], [0, 2, 0, 4, 2], [14, 15, 12, 13, 14, 0, 14, 15]),
+    # ... or those of the first group 3, and those of the second 1.
+    ([3, 3, 1, 3, 0, 1], [0, 3, 0, 6, 1], [17, 18, 10, 11, 12, 0, 17, 18]),
+  ):
+    strides = jnp.array([strides, [0] * 6])
+    found = masks.image_offsets(groups, strides)
+    np.testing.assert_array_equal(found[0, [0, 1, 2, 3, 5]], offsets)
+    positions = masks.text_positions(groups, segments, text, 8, strides)
+    np.testing.assert_array_equal(positions[0, :8], expected)
+    np.testing.assert_array_equal(positions[1], [0, 1, 0, 1, 2, 3, 4, 5, 6])
 
 
 def test_full_shows_the_whole_stream_and_bos_can_be_shown():

@@ -78,13 +78,19 @@ def test_text_sees_its_images(rows, k, T):
   rng = np.random.default_rng(2)
   batch = jax.tree.map(jnp.asarray, builders.batch(rng, vlm, rows, T))
   query, key, value = _random(rng, 2, T, 3 * k + T, 4, 2, 8)
+  # Of some images, not all tokens.
+  visible = np.random.default_rng(3).random((2, 3, k)) < 0.7
+  visible = jnp.asarray(visible | (k == 1))
+  groups = batch["image_group_ids"]
   mask = masks.text_mask(
-    *(batch[n] for n in ("image_group_ids", "segment_ids", "text_group_ids")), k
+    jnp.where(visible, groups[..., None], 0).reshape(2, -1),
+    batch["segment_ids"],
+    batch["text_group_ids"],
   )
   real = (batch["segment_ids"] > 0)[..., None, None]
 
   def run(config, query, key, value):
-    attend = attention.text_attention(config, batch, k)
+    attend = attention.text_attention(config, batch, visible)
     seen, text = slice(None, 3 * k), slice(3 * k, None)
     out = attend(
       query, key[:, text], value[:, text], key[:, seen], value[:, seen]
@@ -109,7 +115,7 @@ def test_needs_to_know_who_shares_an_image():
   batch = jax.tree.map(jnp.asarray, batch)
   del batch["image_segment_ids"]
   with pytest.raises(ConfigError, match="conversations_per_record"):
-    attention.text_attention(vlm.config, batch, 1)
+    attention.text_attention(vlm.config, batch, jnp.ones((2, 3, 1), bool))
 
 
 @pytest.mark.parametrize("B, G", [(4, 2), (3, 1)])

@@ -23,7 +23,9 @@ TOLERANCE = 1e-5  # relative, float32
 class Case:
   """One model and the shape of its batch."""
 
-  compressor: str  # 'bos' is voco with text_sees_bos
+  # 'bos' is voco with text_sees_bos, 'elastic' with a number of tokens drawn
+  # for each group of images; 'elastic bos' is both.
+  compressor: str
   k: int
   slots: int
   heads: tuple[int, int]  # attention heads, key/value heads
@@ -39,7 +41,10 @@ class Case:
     return builders.model(
       {
         "compressor.name": "full" if self.compressor == "full" else "voco",
-        "compressor.text_sees_bos": self.compressor == "bos",
+        "compressor.text_sees_bos": "bos" in self.compressor,
+        "compressor.train_num_voco_tokens": (
+          "elastic" if "elastic" in self.compressor else "fixed"
+        ),
         "compressor.num_voco_tokens": self.k,
         "llm.num_attention_heads": self.heads[0],
         "llm.num_key_value_heads": self.heads[1],
@@ -68,7 +73,12 @@ CASES = [
   Case("bos", 1, 3, (2, 1), True, False, "none", 16, 1, num_layers=1),
   Case("bos", 16, 1, (4, 4), False, True, "dots", 11, 3),
   Case("bos", 2, 2, (4, 1), True, True, "none", 12, 2),
+  Case("elastic", 5, 3, (4, 2), False, True, "full", 16, 2),
+  Case("elastic", 2, 1, (4, 4), True, False, "none", 13, 3),
+  Case("elastic", 16, 2, (4, 1), False, True, "dots", 14, 2, num_layers=3),
+  Case("elastic bos", 4, 2, (4, 2), False, False, "full", 15, 2),
 ]
+ELASTIC = CASES[-4]
 
 
 @functools.cache
@@ -170,7 +180,7 @@ def test_the_code_of_other_platforms(case, monkeypatch):
   assert max(_relative_errors(found, _reference(case)).values()) <= TOLERANCE
 
 
-@pytest.mark.parametrize("case", [CASES[2], CASES[1]], ids=str)
+@pytest.mark.parametrize("case", [CASES[2], CASES[1], ELASTIC], ids=str)
 def test_splash_attention_equals_the_joint_pass(case):
   """As a TPU runs it, from pixels to gradients, interpreted here."""
   config = dataclasses.replace(case.vlm.config, attention_kernel="splash")
@@ -197,14 +207,14 @@ def _shift_voco_positions(monkeypatch):
 def _ignore_segments(monkeypatch):
   mask = masks.text_mask
   monkeypatch.setattr(
-    masks, "text_mask", lambda i, s, t, n: mask(i, jnp.minimum(s, 1), t, n)
+    masks, "text_mask", lambda i, s, t: mask(i, jnp.minimum(s, 1), t)
   )
 
 
 def _ignore_groups(monkeypatch):
   mask = masks.text_mask
   monkeypatch.setattr(
-    masks, "text_mask", lambda i, s, t, n: mask(jnp.minimum(i, 1), s, t, n)
+    masks, "text_mask", lambda i, s, t: mask(jnp.minimum(i, 1), s, t)
   )
 
 

@@ -95,6 +95,8 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, Any]:
   if data.max_conversations:
     shared = (data.max_images, data.max_conversations)
     shapes["image_segment_ids"] = (shared, np.int32)
+  if config.model.compressor.budgets:
+    shapes["num_voco_tokens"] = ((data.max_images,), np.int32)
   for key in ("input_ids", "labels", "segment_ids", "text_group_ids"):
     shapes[key] = ((data.max_text_length,), np.int32)
   return {
@@ -119,6 +121,7 @@ def train(config: Config, mesh: Mesh) -> list[Program]:
   abstract = loop.abstract_state(config, model, mesh, optimizer)
   step = loop.jit_train_step(config, model, mesh, optimizer, abstract)
   batch = abstract_batch(config, mesh)
+  teacher = loop.abstract_teacher(config, model, mesh)
   trained, frozen = state.split(abstract.params, config.optimizer.freeze)
   tokens = data.batch_size * (
     data.max_images * model.stream.length + data.max_text_length
@@ -131,12 +134,13 @@ def train(config: Config, mesh: Mesh) -> list[Program]:
         "frozen parameters": frozen,
         "optimiser state": (abstract.step, abstract.opt_state),
         "batch": batch,
+        **({"teacher": teacher} if teacher else {}),
       },
       config.model.llm.num_hidden_layers,
       tokens,
       6 * _num_parameters(abstract.params["llm"]) * tokens / mesh.size,
       mesh,
-      lambda: step.lower(abstract, batch),
+      lambda: step.lower(abstract, batch, teacher),
     )
   ]
 

@@ -7,6 +7,7 @@ A row of a batch is one record, or several where `config.data.batching` is
   images             uint8 [B,F,S,S,3]
   image_group_ids    int32 [B,F]  0: empty slot; else the group of the image
   image_segment_ids  int32 [B,F,R]  who sees the image; 0: nobody (more)
+  num_voco_tokens    int32 [B,F]  how many of its VoCo tokens they see
   input_ids          int32 [B,T]
   labels             int32 [B,T]  -100 where not trained, else input_ids
   segment_ids        int32 [B,T]  0: padding; conversations count from 1
@@ -17,7 +18,8 @@ conversations (segments) may share a group's images. `image_segment_ids` holds
 the same the other way round, in ascending order, for attention kernels that
 know segments only. R is the most conversations that a record can have; where
 the config does not say how many that is (easy_vqa with all conversations), the
-array is left out.
+array is left out. `num_voco_tokens`, one number for each group, is there if
+config.model.compressor.train_num_voco_tokens is 'elastic'.
 """
 
 import dataclasses

@@ -27,11 +27,13 @@ class Prepared:
     record: whose images are to be decoded.
     flips: whether to mirror them up and down, and left and right.
     conversations: ids and labels of each.
+    num_voco_tokens: how many text sees of each image; 0 is all.
   """
 
   record: Record
   flips: tuple[bool, bool]
   conversations: tuple[tuple[list[int], list[int]], ...]
+  num_voco_tokens: int = 0
 
   @property
   def length(self) -> int:
@@ -51,7 +53,19 @@ class Encoder:
     prompt_config: PromptConfig,
     data: DataConfig,
     image_size: int,
+    budgets: tuple[int, ...] = (),
   ):
+    """Makes rows as the config says.
+
+    Args:
+      tokenizer: of the text.
+      prompt_config: layout of conversations.
+      data: sizes of a row, and what is drawn.
+      image_size: S.
+      budgets: numbers of VoCo tokens, one of which is drawn for each record;
+        () if text sees all of them.
+    """
+    self._budgets = budgets
     self._tokenizer = tokenizer
     self._prompt = prompt_config
     self._data = data
@@ -102,7 +116,9 @@ class Encoder:
       if room < 0:
         break
       conversations.append((ids, labels))
-    return Prepared(record, flips, tuple(conversations))
+    # Last, so that all else is drawn as without it.
+    seen = int(rng.choice(self._budgets)) if self._budgets else 0
+    return Prepared(record, flips, tuple(conversations), seen)
 
   def load(self, prepared: Prepared) -> UInt8[np.ndarray, "F S S 3"]:
     """Pixels of the images of a record.
@@ -133,12 +149,16 @@ class Encoder:
       row["image_segment_ids"] = np.zeros(
         (data.max_images, data.max_conversations), np.int32
       )
+    if self._budgets:
+      row["num_voco_tokens"] = np.zeros(data.max_images, np.int32)
     start = slot = group = segment = 0
     for prepared, pixels in records:
       slots = slice(slot, slot + len(pixels))
       group += bool(len(pixels))
       row["images"][slots] = pixels
       row["image_group_ids"][slots] = group
+      if self._budgets:
+        row["num_voco_tokens"][slots] = prepared.num_voco_tokens
       slot = slots.stop
       for i, (ids, labels) in enumerate(prepared.conversations):
         stop = start + len(ids)

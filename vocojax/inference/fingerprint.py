@@ -32,8 +32,8 @@ def model_fingerprint(
 
   Changes with any bit of the weights, their order, the shape of the model, the
   tokens around the image and its preprocessing. The number of VoCo tokens does
-  not count, since a cache can be cut to fewer; nor does what leaves the numbers
-  alone (attention path, remat, scan).
+  not count, since a cache can be cut to fewer, nor how training drew it; nor
+  does what leaves the numbers alone (attention path, remat, scan).
 
   Args:
     model: shape and layout.
@@ -60,6 +60,7 @@ def _relevant(config: ModelConfig) -> dict:
   fields: dict[str, Any] = dataclasses.asdict(config)
   for key in HOW_COMPUTED:
     del fields[key]
+  del fields["compressor"]["train_num_voco_tokens"]
   if config.compressor.name == "qformer":
     return fields
   del fields["compressor"]["qformer_layers"]

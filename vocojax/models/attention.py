@@ -78,7 +78,7 @@ def _splash(config: ModelConfig) -> Callable:
 def text_attention(
   config: ModelConfig,
   batch: dict[str, Shaped[Array, "B ..."]],
-  num_visible: int,
+  visible: Bool[Array, "B F K"],
 ) -> Callable:
   """How the text of a batch attends, the same in every layer.
 
@@ -86,7 +86,7 @@ def text_attention(
     config: of the model.
     batch: as `VisionLanguageModel.text_logits` has it; for splash attention
       with `image_segment_ids` [B, F, R], the conversations that see each image.
-    num_visible: K.
+    visible: False for what nobody may see of the K tokens of an image.
 
   Returns:
     A function of queries [B, T, H, P], keys and values [B, T, G, P] of the
@@ -97,11 +97,11 @@ def text_attention(
   """
   segment_ids = batch["segment_ids"]
   if kernel(config) != "splash":
+    token_groups = jnp.where(visible, batch["image_group_ids"][..., None], 0)
     mask = masks.text_mask(
-      batch["image_group_ids"],
+      token_groups.reshape(len(token_groups), -1),
       segment_ids,
       batch["text_group_ids"],
-      num_visible,
     )
 
     def with_mask(query, key, value, seen_key, seen_value):
@@ -121,12 +121,10 @@ def text_attention(
   # tokens are there R times.
   seen_segments = batch["image_segment_ids"]
   B, F, R = seen_segments.shape
+  num_visible = visible.shape[2]
+  token_segments = jnp.where(visible[:, :, None], seen_segments[..., None], 0)
   key_segments = jnp.concatenate(
-    [
-      jnp.repeat(seen_segments.reshape(B, -1), num_visible, axis=1),
-      segment_ids,
-    ],
-    axis=1,
+    [token_segments.reshape(B, -1), segment_ids], axis=1
   )
 
   def for_each_conversation(x):

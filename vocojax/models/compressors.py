@@ -54,6 +54,11 @@ class ImageStream:
     return len(self.before) + self.num_image_tokens + len(self.after)
 
   @property
+  def start(self) -> int:
+    """Position from which images push the text on, `stride` each."""
+    return self.length - self.stride
+
+  @property
   def visible_mask(self) -> np.ndarray:
     """bool [A]."""
     return np.isin(np.arange(self.length), self.visible)
@@ -66,8 +71,8 @@ class ImageStream:
     """
     shifts = self.stride * np.arange(num_images)
     positions = shifts[:, None] + np.asarray(self.visible)
-    start = self.length + self.stride * (num_images - 1) if num_images else 0
-    return positions.reshape(-1), start
+    text = self.start + self.stride * num_images if num_images else 0
+    return positions.reshape(-1), text
 
   def embed(
     self, image_tokens: Float[Array, "N I D"], embed_tokens

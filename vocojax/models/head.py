@@ -68,6 +68,29 @@ def token_losses(
     vocab_size: rows of the vocabulary that are not padding.
     chunk: about how many of them are scored at a time.
   """
+  losses, right, _ = _losses(x, kernel, targets, vocab_size, chunk, None)
+  return losses, right
+
+
+def distilled_losses(
+  x: Float[Array, "B T D"],
+  kernel: Float[Array, "D V"],
+  targets: Int[Array, "B T"],
+  vocab_size: int,
+  chunk: int,
+  teacher_x: Float[Array, "B T D"],
+  teacher_kernel: Float[Array, "D V"],
+) -> tuple[Float32[Array, "B T"], Bool[Array, "B T"], Float32[Array, "B T"]]:
+  """`token_losses`, and KL(teacher || student) of the next token, in nats.
+
+  The teacher's logits too are made chunk by chunk. It gets no gradient.
+  """
+  teacher = jax.lax.stop_gradient((teacher_x, teacher_kernel))
+  return _losses(x, kernel, targets, vocab_size, chunk, teacher)
+
+
+def _chunks(kernel: Float[Array, "D V"], chunk: int) -> Float[Array, "C D W"]:
+  """C parts of about `chunk` rows of the vocabulary, padded to one width."""
   D, V = kernel.shape
   num_chunks = -(-V // chunk)
   width = V
@@ -81,13 +104,21 @@ def token_losses(
     chunks = jax.lax.with_sharding_constraint(
       chunks, PartitionSpec(None, "fsdp", "tensor")
     )
+  return chunks
+
+
+def _losses(x, kernel, targets, vocab_size, chunk, teacher):
+  """Losses, whether right, and divergence from the teacher if there is one."""
+  chunks = _chunks(kernel, chunk)
+  num_chunks, _, width = chunks.shape
+  taught_chunks = teacher and _chunks(teacher[1], chunk)
   # Its gradient is a sum over chunks, which must not be rounded each time.
   x, dtype = x.astype(jnp.float32), x.dtype
 
   def add(running, chunk):
     """log-sum-exp with a running maximum (arXiv 1805.02867)."""
-    highest, best, total, found = running
-    first, part = chunk
+    (highest, best, total, found), taught = running
+    first, part, taught_part = chunk
     index = first + jnp.arange(width)
     scores = _product(x.astype(dtype), part)
     scores = _real(scores, index, vocab_size)
@@ -98,15 +129,39 @@ def token_losses(
     total += jnp.sum(jnp.exp(scores - new_highest[..., None]), axis=-1)
     is_target = index == targets[..., None]
     found += jnp.sum(jnp.where(is_target, scores, 0.0), axis=-1)
-    return (new_highest, best, total, found), None
+    if teacher:
+      right = _real(_product(teacher[0], taught_part), index, vocab_size)
+      taught = _add_gap(taught, right, scores)
+    return ((new_highest, best, total, found), taught), None
 
   zeros = jnp.zeros(targets.shape, jnp.float32)
   running = (zeros - jnp.inf, jnp.zeros_like(targets), zeros, zeros)
-  first = width * jnp.arange(num_chunks)
+  running = running, teacher and (zeros - jnp.inf, zeros, zeros)
+  parts = (width * jnp.arange(num_chunks), chunks, taught_chunks)
   if num_chunks == 1:
-    running, _ = add(running, (first[0], chunks[0]))
+    running, _ = add(running, jax.tree.map(lambda x: x[0], parts))
   else:
     add = functools.partial(jax.checkpoint, prevent_cse=False)(add)
-    running, _ = jax.lax.scan(add, running, (first, chunks))
-  highest, best, total, found = running
-  return highest + jnp.log(total) - found, best == targets
+    running, _ = jax.lax.scan(add, running, parts)
+  (highest, best, total, found), taught = running
+  normalizer = highest + jnp.log(total)
+  divergence = None
+  if teacher:
+    highest, total, gap = taught
+    divergence = gap / total - (highest + jnp.log(total)) + normalizer
+  return normalizer - found, best == targets, divergence
+
+
+def _add_gap(taught, right, scores):
+  """What the teacher expects of its scores less the student's, in parts.
+
+  `taught` is its highest score so far, and the sums of its weights and of
+  weight times gap. KL is the mean gap, less the difference of normalizers.
+  """
+  highest, total, gap = taught
+  new_highest = jnp.maximum(highest, jnp.max(right, axis=-1))
+  weights = jnp.exp(right - new_highest[..., None])
+  kept = jnp.exp(highest - new_highest)
+  total = total * kept + jnp.sum(weights, axis=-1)
+  gap = gap * kept + jnp.sum(weights * (right - scores), axis=-1)
+  return new_highest, total, gap

@@ -249,6 +249,29 @@ class Llama:
       self.model.logits_chunk,
     )
 
+  def distilled_losses(
+    self,
+    params,
+    x: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    teacher_params,
+    teacher_x: Float[Array, "B T D"],
+  ) -> tuple[Float32[Array, "B T"], Bool[Array, "B T"], Float32[Array, "B T"]]:
+    """`token_losses` and divergence; see `head.distilled_losses`."""
+
+    def normed(params, x):
+      return self._norm.apply({"params": params["norm"]}, x)
+
+    return head.distilled_losses(
+      normed(params, x),
+      self._head_kernel(params),
+      targets,
+      self.config.vocab_size,
+      self.model.logits_chunk,
+      normed(teacher_params, teacher_x),
+      self._head_kernel(teacher_params),
+    )
+
   def _head_kernel(self, params) -> Float[Array, "D V"]:
     if self.config.tie_word_embeddings:
       return jnp.asarray(params["embed_tokens"]["embedding"]).T

@@ -11,7 +11,8 @@ Position rule: within its stream an image token has its plain index; the f-th
 image of a group is shifted by f times `stride`, the number of positions that
 one image leaves in the text's past; text goes on after the last image. With one
 image these are the positions of the original, VoCo at 579..578+k for 576
-patches, text from 579+k.
+patches, text from 579+k. Where text sees only the first m of k VoCo tokens, the
+stride is m, as it is after a cache was cut to m.
 """
 
 import jax
@@ -83,13 +84,13 @@ def joint_tokens(
   image_group_ids: Int[Array, "B F"],
   segment_ids: Int[Array, "B T"],
   text_group_ids: Int[Array, "B T"],
-  stream_visible: Bool[Array, " A"],
+  stream_visible: Bool[Array, "B F A"],
 ) -> tuple[
   Int[Array, "B S"], Int[Array, "B S"], Int[Array, "B S"], Bool[Array, "B S"]
 ]:
   """Arguments of `two_stage_mask` for [stream 1, ..., stream F, text]."""
   B, F = image_group_ids.shape
-  A = stream_visible.shape[0]
+  A = stream_visible.shape[2]
   T = segment_ids.shape[1]
   slots = jnp.repeat(jnp.arange(1, F + 1), A)
   stream_ids = jnp.concatenate([slots, jnp.zeros(T, slots.dtype)])
@@ -97,29 +98,28 @@ def joint_tokens(
   groups = jnp.concatenate(
     [jnp.repeat(image_group_ids, A, axis=1), text_group_ids], axis=1
   )
-  visible = jnp.pad(jnp.tile(stream_visible, F), (0, T))
+  visible = jnp.pad(stream_visible.reshape(B, -1), ((0, 0), (0, T)))
   return (
     jnp.broadcast_to(stream_ids, (B, F * A + T)),
     segments,
     groups,
-    jnp.broadcast_to(visible, (B, F * A + T)),
+    visible,
   )
 
 
 def text_mask(
-  image_group_ids: Int[Array, "B F"],
+  token_group_ids: Int[Array, "B FK"],
   segment_ids: Int[Array, "B T"],
   text_group_ids: Int[Array, "B T"],
-  num_visible: int,
-) -> Bool[Array, "B T F*{num_visible}+T"]:
+) -> Bool[Array, "B T FK+T"]:
   """The text rows of the two-stage mask over [visible tokens, text].
 
-  K = `num_visible` tokens of each of the F slots come before the T text tokens.
+  K tokens of each of the F slots come before the T text tokens; each has the
+  group of its image, or 0 if nobody may see it.
   """
   T = segment_ids.shape[1]
-  groups = jnp.repeat(image_group_ids, num_visible, axis=1)
-  to_image = text_group_ids[:, :, None] == groups[:, None, :]
-  to_image &= groups[:, None, :] > 0
+  to_image = text_group_ids[:, :, None] == token_group_ids[:, None, :]
+  to_image &= token_group_ids[:, None, :] > 0
   same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
   causal = jnp.tril(jnp.ones((T, T), bool))
   mask = jnp.concatenate([to_image, same_segment & causal], axis=2)
@@ -127,28 +127,31 @@ def text_mask(
 
 
 def image_offsets(
-  image_group_ids: Int[Array, "B F"], stride: int
+  image_group_ids: Int[Array, "B F"], strides: Int[Array, "B F"]
 ) -> Int[Array, "B F"]:
-  """Positions by which each image stream is shifted: f * stride."""
+  """Positions by which each image stream is shifted: strides before it."""
   F = image_group_ids.shape[1]
   same_group = image_group_ids[:, :, None] == image_group_ids[:, None, :]
   earlier = jnp.tril(jnp.ones((F, F), bool), -1)
-  return stride * jnp.sum(same_group & earlier, axis=2)
+  return jnp.sum((same_group & earlier) * strides[:, None, :], axis=2)
 
 
 def text_positions(
   image_group_ids: Int[Array, "B F"],
   segment_ids: Int[Array, "B T"],
   text_group_ids: Int[Array, "B T"],
-  stream_length: int,
-  stride: int,
+  start: int,
+  strides: Int[Array, "B F"],
 ) -> Int[Array, "B T"]:
-  """Position of every text token: index in its segment, after its images."""
+  """Position of every text token: index in its segment, after its images.
+
+  Images take the positions from `start` on, `strides` each.
+  """
   index = jnp.arange(segment_ids.shape[1])[None, :]
   previous = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
   starts = jnp.where(segment_ids != previous, index, 0)
   index = index - jax.lax.cummax(starts, axis=1)
   sees = text_group_ids[:, :, None] == image_group_ids[:, None, :]
-  num_images = jnp.sum(sees & (text_group_ids > 0)[:, :, None], axis=2)
-  past = stream_length + (num_images - 1) * stride
-  return index + jnp.where(num_images > 0, past, 0)
+  sees &= (text_group_ids > 0)[:, :, None]
+  past = start + jnp.sum(sees * strides[:, None, :], axis=2)
+  return index + jnp.where(jnp.any(sees, axis=2), past, 0)

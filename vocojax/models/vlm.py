@@ -12,6 +12,7 @@ the two-stage mask as an additive bias, which is the specification.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,23 @@ from vocojax.models.compressors import (
 from vocojax.models.llama import Llama
 from vocojax.models.projector import Projector
 from vocojax.models.qformer import QFormer
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+  """How the text of a batch reads the images.
+
+  Attributes:
+    visible: indices in an image stream of the K tokens that it sees.
+    image_positions: of these tokens of all slots.
+    text_positions: of its own tokens.
+    attend: see `attention.text_attention`.
+  """
+
+  visible: Int[np.ndarray, " K"]
+  image_positions: Int[Array, "B FK"]
+  text_positions: Int[Array, "B T"]
+  attend: Callable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +83,13 @@ class VisionLanguageModel:
     compressor = dataclasses.replace(compressor, num_voco_tokens=k)
     config = dataclasses.replace(self.config, compressor=compressor)
     return image_stream(config, self.tokens)
+
+  @property
+  def teacher(self) -> "VisionLanguageModel":
+    """The model that sees all patches; its stream begins this one's."""
+    compressor = dataclasses.replace(self.config.compressor, name="full")
+    config = dataclasses.replace(self.config, compressor=compressor)
+    return VisionLanguageModel(config, self.tokens)
 
   def init(self, key) -> dict:
     """Random parameters."""
@@ -120,6 +145,8 @@ class VisionLanguageModel:
       params: as `init` returns them.
       batch: `images` uint8 [B, F, S, S, 3], `image_group_ids` [B, F],
         `input_ids`, `segment_ids` and `text_group_ids` [B, T]; see masks.py.
+        With an elastic number of VoCo tokens also `num_voco_tokens` [B, F]:
+        so many of an image's k, the first ones, are seen.
     """
     image_x = self._embed_slots(params, batch["images"])
     return self.logits_from_embeddings(params["llm"], image_x, batch)
@@ -146,6 +173,42 @@ class VisionLanguageModel:
     x = self._text_states(params["llm"], image_x, batch)
     return self.llm.token_losses(params["llm"], x, targets)
 
+  def distilled_losses(
+    self,
+    params,
+    batch: dict[str, Shaped[Array, "B ..."]],
+    targets: Int[Array, "B T"],
+    teacher_params=None,
+  ) -> tuple[Float32[Array, "B T"], Bool[Array, "B T"], Float32[Array, "B T"]]:
+    """`token_losses`, and how far each token is from what a teacher foretells.
+
+    The teacher sees all patches and gets no gradient. As it is now, this model
+    is its own teacher: the image stream is run once, and the text a second time
+    beside the first. Memory is that of one more text without a backward pass.
+
+    Args:
+      params: as for `token_losses`.
+      batch: the same.
+      targets: the same.
+      teacher_params: of `self.teacher`, another model; None is this one.
+
+    Returns:
+      Also KL(teacher || this model) of the next token, in nats.
+    """
+    params = precision.read_all_but_layers(params)
+    image_x = self._embed_slots(params, batch["images"])
+    llm_params = params["llm"]
+    if teacher_params is None:
+      teacher_params = params
+      x, teacher_x = self._both_text_states(llm_params, image_x, batch)
+    else:
+      x = self._text_states(llm_params, image_x, batch)
+      seen = self.teacher._embed_slots(teacher_params, batch["images"])
+      teacher_x = self.teacher._text_states(teacher_params["llm"], seen, batch)
+    return self.llm.distilled_losses(
+      llm_params, x, targets, teacher_params["llm"], teacher_x
+    )
+
   def _embed_slots(self, params, images: UInt8[Array, "B F S S 3"]):
     return self.embed_images(params, images.reshape(-1, *images.shape[2:]))
 
@@ -161,31 +224,71 @@ class VisionLanguageModel:
 
   def _text_states(self, llm_params, image_x, batch):
     """Output of the last layer for every text token [B, T, D]."""
-    text_x = self.llm.embed(llm_params, batch["input_ids"])
-    B, _, D = text_x.shape
-    # Both streams of a row side by side: a layer's products run once on both.
-    x = jnp.concatenate([image_x.reshape(B, -1, D), text_x], axis=1)
-    forward = {"two_stream": self._two_stream, "bias": self._joint}
-    return forward[self.config.attention](
-      llm_params, layers.shard_rows(x), batch
-    )
+    if self.config.attention == "bias":
+      return self._joint(llm_params, image_x, batch)
+    x, _ = self._two_stream(llm_params, image_x, batch, None)
+    return x
+
+  def _both_text_states(self, llm_params, image_x, batch):
+    """The same, and as it is for text that sees all patches; no gradient."""
+    teacher = self.teacher
+    if self.config.attention == "bias":
+      seen = image_x[:, : teacher.stream.length]
+      taught = jax.lax.stop_gradient((llm_params, seen))
+      return (
+        self._text_states(llm_params, image_x, batch),
+        teacher._text_states(*taught, batch),
+      )
+    return self._two_stream(llm_params, image_x, batch, teacher._reader(batch))
+
+  def _strides(self, batch) -> Int[Array, "B F"]:
+    """Positions that each image leaves in the text's past."""
+    if self.config.compressor.budgets:
+      return batch["num_voco_tokens"]
+    return jnp.full_like(batch["image_group_ids"], self.stream.stride)
+
+  def _visible(self, batch) -> Bool[Array, "B F A"]:
+    """What text may see of each image; of k VoCo tokens maybe fewer."""
+    stream = self.stream
+    end = stream.start + self._strides(batch)
+    before_end = jnp.arange(stream.length) < end[..., None]
+    return before_end & jnp.asarray(stream.visible_mask)
 
   def _positions(self, batch):
     """Shift of each image stream [B, F] and text positions [B, T]."""
-    stream = self.stream
-    groups = batch["image_group_ids"]
-    offsets = masks.image_offsets(groups, stream.stride)
+    groups, strides = batch["image_group_ids"], self._strides(batch)
+    offsets = masks.image_offsets(groups, strides)
     text = masks.text_positions(
       groups,
       batch["segment_ids"],
       batch["text_group_ids"],
-      stream.length,
-      stream.stride,
+      self.stream.start,
+      strides,
     )
     return offsets, text
 
-  def _joint(self, llm_params, x, batch):
+  def _reader(self, batch) -> _Reader:
+    visible = np.asarray(self.stream.visible)
+    offsets, text_positions = self._positions(batch)
+    return _Reader(
+      visible,
+      (offsets[:, :, None] + visible).reshape(len(offsets), -1),
+      text_positions,
+      attention.text_attention(
+        self.config, batch, self._visible(batch)[:, :, visible]
+      ),
+    )
+
+  def _embed_text(self, llm_params, image_x, batch):
+    """Input of text [B, T, D], and with the streams before it [B, F*A+T, D]."""
+    text_x = self.llm.embed(llm_params, batch["input_ids"])
+    B, _, D = text_x.shape
+    x = jnp.concatenate([image_x.reshape(B, -1, D), text_x], axis=1)
+    return text_x, layers.shard_rows(x)
+
+  def _joint(self, llm_params, image_x, batch):
     """One pass over [stream 1, ..., stream F, text] under the whole mask."""
+    _, x = self._embed_text(llm_params, image_x, batch)
     stream = self.stream
     B, T = batch["input_ids"].shape
     mask = masks.two_stage_mask(
@@ -193,7 +296,7 @@ class VisionLanguageModel:
         batch["image_group_ids"],
         batch["segment_ids"],
         batch["text_group_ids"],
-        jnp.asarray(stream.visible_mask),
+        self._visible(batch),
       )
     )
     offsets, text_positions = self._positions(batch)
@@ -204,62 +307,101 @@ class VisionLanguageModel:
     x, _ = self.llm.run(llm_params, x, positions, mask)
     return x[:, -T:]
 
-  def _two_stream(self, llm_params, x, batch):
-    """Both streams through each layer, joined at the visible tokens."""
-    llm, A = self.llm, self.stream.length
-    visible = np.asarray(self.stream.visible)
+  def _two_stream(self, llm_params, image_x, batch, teacher: _Reader | None):
+    """Both streams through each layer, joined at the visible tokens.
+
+    Of a row they lie side by side: a layer's products run once on both.
+
+    Args:
+      llm_params: of the language model.
+      image_x: the embedded image streams.
+      batch: as for `text_logits`.
+      teacher: another way to read the same images, or None.
+
+    Returns:
+      Output of the last layer for every text token [B, T, D], and for the text
+      as the teacher reads it, without gradient; None if there is no teacher.
+    """
+    llm, A, reader = self.llm, self.stream.length, self._reader(batch)
     B, F = batch["image_group_ids"].shape
-    offsets, text_positions = self._positions(batch)
+    text_x, x = self._embed_text(llm_params, image_x, batch)
     # Streams attend to themselves only, so their own positions need no shift.
     positions = jnp.concatenate(
       [
         jnp.broadcast_to(jnp.tile(jnp.arange(A), F), (B, F * A)),
-        text_positions,
+        reader.text_positions,
       ],
       axis=1,
     )
-    visible_positions = (offsets[:, :, None] + visible).reshape(B, -1)
-    attend_text = attention.text_attention(self.config, batch, len(visible))
 
     def image_part(x):  # [B, F*A + T, ...] to [B*F, A, ...]
       return x[:, : F * A].reshape(B * F, A, *x.shape[2:])
 
-    def visible_part(x):  # ... to [B, F*K, ...]
-      return image_part(x)[:, visible].reshape(B, -1, *x.shape[2:])
+    def seen_by(reader, x):  # ... to [B, F*K, ...]
+      return image_part(x)[:, reader.visible].reshape(B, -1, *x.shape[2:])
 
-    def body(x, layer_params):
+    def read(reader, seen_k, seen_v, q, k, v):
+      """Attention of text, all keys unrotated."""
+      return reader.attend(
+        llm.rotate(q, reader.text_positions),
+        llm.rotate(k, reader.text_positions),
+        v,
+        llm.rotate(seen_k, reader.image_positions),
+        seen_v,
+      )
+
+    def teach(text_x, layer_params, seen_k, seen_v):
+      """A layer of the teacher's text."""
+      text_x, layer_params, *seen = jax.lax.stop_gradient(
+        (text_x, layer_params, seen_k, seen_v)
+      )
+      attended = read(teacher, *seen, *llm.qkv(layer_params, text_x))
+      return layers.shard_rows(llm.output(layer_params, text_x, attended))
+
+    def body(carry, layer_params):
+      x, taught_x = carry
       q, k, v = llm.qkv(layer_params, x)
-      seen_k = llm.rotate(visible_part(k), visible_positions)
-      seen_v = visible_part(v)
+      if teacher:
+        seen = (seen_by(teacher, y) for y in (k, v))
+        taught_x = teach(taught_x, layer_params, *seen)
+      seen_k = llm.rotate(seen_by(reader, k), reader.image_positions)
+      seen_v = seen_by(reader, v)
       q, k = llm.rotate(q, positions), llm.rotate(k, positions)
       image = attention.attend(
         image_part(q), image_part(k), image_part(v), self.config, causal=True
       )
-      text = attend_text(*(y[:, F * A :] for y in (q, k, v)), seen_k, seen_v)
+      text = reader.attend(*(y[:, F * A :] for y in (q, k, v)), seen_k, seen_v)
       attended = jnp.concatenate(
         [image.reshape(B, F * A, *image.shape[2:]), text], axis=1
       )
-      return layers.shard_rows(llm.output(layer_params, x, attended)), None
+      x = layers.shard_rows(llm.output(layer_params, x, attended))
+      return (x, taught_x), None
 
-    def last(x, layer_params):
+    def last(carry, layer_params):
       # Of the images it makes only the keys and values that text sees.
-      text_x, n = x[:, F * A :], F * len(visible)
+      x, taught_x = carry
+      if teacher:
+        fixed = jax.lax.stop_gradient((layer_params, seen_by(teacher, x)))
+        _, *seen = llm.qkv(*fixed)
+        taught_x = teach(taught_x, layer_params, *seen)
+      text_x, n = x[:, F * A :], F * len(reader.visible)
       q, k, v = llm.qkv(
-        layer_params, jnp.concatenate([visible_part(x), text_x], axis=1)
+        layer_params, jnp.concatenate([seen_by(reader, x), text_x], axis=1)
       )
-      attended = attend_text(
-        llm.rotate(q[:, n:], text_positions),
-        llm.rotate(k[:, n:], text_positions),
-        v[:, n:],
-        llm.rotate(k[:, :n], visible_positions),
-        v[:, :n],
+      attended = read(
+        reader, k[:, :n], v[:, :n], *(y[:, n:] for y in (q, k, v))
       )
-      return layers.shard_rows(llm.output(layer_params, text_x, attended))
+      x = layers.shard_rows(llm.output(layer_params, text_x, attended))
+      return x, taught_x
 
-    x, _ = layers.run_stack(
-      body, x, llm_params["layers"], self.config, last=last
+    carry, _ = layers.run_stack(
+      body,
+      (x, text_x if teacher else None),
+      llm_params["layers"],
+      self.config,
+      last=last,
     )
-    return x
+    return carry
 
   def compress(
     self, params, images: UInt8[Array, "N S S 3"]

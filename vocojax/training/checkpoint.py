@@ -123,7 +123,9 @@ class Checkpointer:
       )
     with _readable(where):
       saved = {item: read_json(where, item) for item in ("config", "layout")}
-    _check_same(where, saved["config"], self._config)
+    # A checkpoint of before a key was made has its default.
+    config = Config.from_json(json.dumps(saved["config"]), str(where))
+    _check_same(where, config, self._config)
     _check_layout(
       where,
       saved["layout"],
@@ -181,21 +183,23 @@ def _reshare(path: pathlib.Path, shares: list[dict], count: int) -> list[dict]:
 _WHAT = ("model", "prompt", "optimizer")
 
 
-def _check_same(path: pathlib.Path, saved: dict, config: Config) -> None:
+def _check_same(path: pathlib.Path, before: Config, config: Config) -> None:
   """What must not change between stopping and resuming."""
-  now = json.loads(config.to_json())
-  groups = {group: (saved[group], now[group]) for group in _WHAT}
-  keys = ["batching"]
+  saved, now = (json.loads(c.to_json()) for c in (before, config))
+  keys = {"data": ["batching"], "training": ["distill_weight", "teacher"]}
   if now["data"]["batching"] == "group_by_length":
-    keys.append("batch_size")  # the order depends on it
-  before, after = ({k: c["data"].get(k) for k in keys} for c in (saved, now))
-  groups["data"] = before, after
-  for group, (before, after) in groups.items():
-    for key, old, new in _differences(before, after, group):
+    keys["data"].append("batch_size")  # the order depends on it
+  groups = {group: (saved[group], now[group]) for group in _WHAT}
+  for group, own in keys.items():
+    old, new = ({key: c[group][key] for key in own} for c in (saved, now))
+    groups[group] = old, new
+  for group, (old, new) in groups.items():
+    for key, was, is_now in _differences(old, new, group):
       if key in [f"model.{name}" for name in HOW_COMPUTED]:
         continue  # may change when a run goes on
       raise CheckpointError(
-        f"{path}: was written with config.{key}={old!r}, this run has {new!r}; "
+        f"{path}: was written with config.{key}={was!r}, this run has "
+        f"{is_now!r}; "
         "use another --workdir, or config.init_from to start from its weights"
       )
 

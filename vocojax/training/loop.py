@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from vocojax.config import Config
 from vocojax.data import pipeline
 from vocojax.data.sources import Source
-from vocojax.errors import ConfigError, UserError
+from vocojax.errors import CheckpointError, ConfigError, UserError
 from vocojax.models.vlm import VisionLanguageModel
 from vocojax.training import (
   checkpoint,
@@ -67,10 +67,13 @@ class Phase:
   @property
   def encoder(self) -> pipeline.Encoder:
     """Makes rows of records."""
-    config = self.config
-    image_size = config.model.vision.image_size
+    config, model = self.config, self.config.model
     return pipeline.Encoder(
-      self.tokenizer, config.prompt, config.data, image_size
+      self.tokenizer,
+      config.prompt,
+      config.data,
+      model.vision.image_size,
+      model.compressor.budgets,
     )
 
 
@@ -130,14 +133,23 @@ def jit_train_step(
   optimizer: optax.GradientTransformation,
   abstract: TrainState,
 ) -> jax.stages.Wrapped:
-  """The step, with everything where it belongs; `abstract_state` laid it."""
+  """The step, with everything where it belongs; `abstract_state` laid it.
+
+  Called with a state, a batch and what `load_teacher` returns.
+  """
+  teacher = abstract_teacher(config, model, mesh)
   return jax.jit(
     step.make_train_step(
-      model, optimizer, config.optimizer.freeze, config.training.accumulate
+      model,
+      optimizer,
+      config.optimizer.freeze,
+      config.training.accumulate,
+      config.training.distill_weight,
     ),
     in_shardings=(
       jax.tree.map(lambda s: s.sharding, abstract),
       sharding.rows(mesh),
+      jax.tree.map(lambda s: s.sharding, teacher),
     ),
     out_shardings=(
       jax.tree.map(lambda s: s.sharding, abstract),
@@ -145,6 +157,49 @@ def jit_train_step(
     ),
     donate_argnums=0,
   )
+
+
+def abstract_teacher(
+  config: Config, model: VisionLanguageModel, mesh: Mesh
+) -> state.Params | None:
+  """Shapes, dtypes and shardings of a teacher; None if it is the model."""
+  training = config.training
+  if not training.distill_weight or training.teacher == "self":
+    return None
+  return abstract_params(model.teacher, mesh)
+
+
+def load_teacher(
+  config: Config, model: VisionLanguageModel, mesh: Mesh
+) -> state.Params | None:
+  """Parameters of the checkpoint that teaches; None if it is the model.
+
+  Raises:
+    CheckpointError: it is no checkpoint of a `full` phase of this shape and
+      prompt.
+  """
+  abstract = abstract_teacher(config, model, mesh)
+  if abstract is None:
+    return None
+  path = config.training.teacher
+  taught = checkpoint.load(path).config
+  for key, found, expected in (
+    ("model.compressor.name", taught.model.compressor.name, "full"),
+    ("prompt.layout", taught.prompt.layout, config.prompt.layout),
+  ):
+    if found != expected:
+      raise CheckpointError(
+        f"config.training.teacher: {path} was trained with config.{key} "
+        f"{found!r}, expected {expected!r}; name a phase that saw all patches, "
+        "in the prompt of this one"
+      )
+  params, missing = checkpoint.load_params(path, abstract, model.config)
+  if missing:
+    raise CheckpointError(
+      f"config.training.teacher: {path} lacks {missing[0]} and "
+      f"{len(missing) - 1} more parameters; name a checkpoint that has them"
+    )
+  return params
 
 
 def init_params(
@@ -194,7 +249,9 @@ def _run(phase: Phase) -> state.Params:
   optimizer = make_optimizer(config.optimizer, phase.steps)
   feed = _feed(phase)
   checkpoints = checkpoint.Checkpointer(phase.folder, config, phase.tokenizer)
+  distilled = training.distill_weight > 0
   try:
+    teacher = load_teacher(config, phase.model, mesh)
     abstract = abstract_state(config, phase.model, mesh, optimizer)
     if checkpoints.latest is None:
       params = init_params(
@@ -204,20 +261,24 @@ def _run(phase: Phase) -> state.Params:
         lambda p: step.init_state(p, optimizer, freeze),
         out_shardings=jax.tree.map(lambda s: s.sharding, abstract),
       )(params)
-      sums = metrics.Sums()
+      sums = metrics.Sums(distilled=distilled)
     else:
       train_state, shares, progress = checkpoints.restore(
         checkpoints.latest, abstract, feed.shard_count
       )
       feed.go_to(shares)
-      sums = metrics.Sums(progress)
+      sums = metrics.Sums(progress, distilled)
       if int(train_state.step) < phase.steps and jax.process_index() == 0:
         print(
           f"{config.name}: resuming after step {int(train_state.step)} of "
           f"{phase.steps}",
           file=sys.stderr,
         )
-    train_step = jit_train_step(config, phase.model, mesh, optimizer, abstract)
+    compiled = jit_train_step(config, phase.model, mesh, optimizer, abstract)
+
+    def train_step(*state_and_batch):
+      return compiled(*state_and_batch, teacher)
+
     return _loop(phase, train_step, train_state, feed, checkpoints, sums)
   except Stopped:
     raise

@@ -23,6 +23,13 @@ def next_tokens(
   return jnp.pad(targets, ((0, 0), (0, 1)), constant_values=IGNORE)
 
 
+def trained_sum(
+  values: Float32[Array, "B T"], targets: Int[Array, "B T"]
+) -> Float32[Array, ""]:
+  """Sum over the tokens that are trained; `targets` from `next_tokens`."""
+  return jnp.sum(jnp.where(targets != IGNORE, values, 0.0))
+
+
 def sums(
   token_losses: Float32[Array, "B T"],
   right: Bool[Array, "B T"],
@@ -52,7 +59,7 @@ def sums(
 
   answered = per_segment(trained)
   wrong = per_segment(trained & ~right)
-  return jnp.sum(jnp.where(trained, token_losses, 0.0)), {
+  return trained_sum(token_losses, targets), {
     "tokens": jnp.sum(trained, dtype=jnp.float32),
     "correct_tokens": jnp.sum(right, dtype=jnp.float32),
     "answers": jnp.sum(answered > 0, dtype=jnp.float32),

@@ -18,28 +18,34 @@ class Sums:
   _KEYS = ("loss", "tokens", "correct_tokens", "answers", "correct_answers")
   _KEYS += ("text_tokens", "text_room", "images", "image_room")
 
-  def __init__(self, values: dict[str, float] | None = None):
-    self.values = dict.fromkeys(self._KEYS, 0.0) | {"bad_records": 0}
+  def __init__(
+    self, values: dict[str, float] | None = None, distilled: bool = False
+  ):
+    """Begins with `values`; `distilled` runs have a `distill_loss` too."""
+    self._per_token = ("loss", "distill_loss") if distilled else ("loss",)
+    self._keys = (*self._KEYS, *self._per_token[1:])
+    self.values = dict.fromkeys(self._keys, 0.0) | {"bad_records": 0}
     self.values |= values or {}
 
   def reset(self) -> None:
     """Back to zero, after a line; bad records count on."""
-    self.values |= dict.fromkeys(self._KEYS, 0.0)
+    self.values |= dict.fromkeys(self._keys, 0.0)
 
   def add(self, metrics: dict[str, float]) -> None:
     """Adds the metrics of one step, and how full its batch was.
 
-    `loss` there is a mean over tokens.
+    `loss` and `distill_loss` there are means over tokens.
     """
-    sums = metrics | {"loss": metrics["loss"] * metrics["tokens"]}
-    for key in self._KEYS:
+    sums = metrics | {
+      k: metrics[k] * metrics["tokens"] for k in self._per_token
+    }
+    for key in self._keys:
       self.values[key] += sums[key]
 
   def means(self) -> dict[str, float]:
-    """Loss per token, and shares of right tokens, right answers and fill."""
+    """Losses per token, and shares of right tokens, right answers and fill."""
     v = self.values
-    return {
-      "loss": v["loss"] / max(v["tokens"], 1),
+    return {k: v[k] / max(v["tokens"], 1) for k in self._per_token} | {
       "token_accuracy": v["correct_tokens"] / max(v["tokens"], 1),
       "answer_accuracy": v["correct_answers"] / max(v["answers"], 1),
       "text_fill": v["text_tokens"] / max(v["text_room"], 1),

@@ -1,5 +1,6 @@
 """One optimiser step as a pure function. Read next: `loop.py`."""
 
+import functools
 from collections.abc import Callable
 from typing import cast
 
@@ -11,6 +12,8 @@ from vocojax.models import precision
 from vocojax.models.vlm import VisionLanguageModel
 from vocojax.training import losses, state
 from vocojax.training.state import TrainState
+
+PER_TOKEN = {"loss", "distill_loss"}  # metrics that are means over tokens
 
 
 def init_state(
@@ -33,31 +36,46 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   freeze: tuple[str, ...],
   accumulate: int,
+  distill_weight: float = 0.0,
 ) -> Callable:
-  """`(state, batch) -> (state, metrics)`.
+  """`(state, batch, teacher=None) -> (state, metrics)`.
 
   The batch is cut into `accumulate` micro-batches, one after the other. The
   loss is the mean over all trained tokens of the whole batch, whatever the
   micro-batches hold. Metrics are float32 scalars: `loss`, `grad_norm`,
-  `param_norm` (of what is trained, after the step), and the sums of
-  `losses.answer_loss`.
+  `param_norm` (of what is trained, after the step), and the counts of
+  `losses.sums`.
+
+  With a `distill_weight`, so many times the divergence from a teacher (see
+  `VisionLanguageModel.distilled_losses`) is trained on beside the cross-entropy
+  that `loss` still is. The divergence of a token is the metric `distill_loss`.
+  `teacher` are the parameters of another model, None is the model itself.
   """
 
-  def loss_sum(slots, trained, frozen, batch):
+  def loss_sum(slots, trained, frozen, batch, teacher):
     params = state.merge(precision.with_slots(trained, slots), frozen)
     targets = losses.next_tokens(batch["labels"], batch["segment_ids"])
-    token_losses, right = model.token_losses(
-      params, batch, jnp.maximum(targets, 0)
+    arguments = (params, batch, jnp.maximum(targets, 0))
+    divergence = None
+    if distill_weight:
+      each, right, divergence = model.distilled_losses(*arguments, teacher)
+    else:
+      each, right = model.token_losses(*arguments)
+    loss, counts = losses.sums(each, right, targets, batch["segment_ids"])
+    if divergence is None:
+      return loss, counts | {"loss": loss}
+    distill_loss = losses.trained_sum(divergence, targets)
+    sums = counts | {"loss": loss, "distill_loss": distill_loss}
+    return loss + distill_weight * distill_loss, sums
+
+  def train_step(train_state: TrainState, batch, teacher=None):
+    grad = jax.value_and_grad(
+      functools.partial(loss_sum, teacher=teacher), has_aux=True
     )
-    return losses.sums(token_losses, right, targets, batch["segment_ids"])
-
-  grad = jax.value_and_grad(loss_sum, has_aux=True)
-
-  def train_step(train_state: TrainState, batch):
     trained, frozen = state.split(train_state.params, freeze)
     slots = precision.slots(trained, model.config.dtype)
     if accumulate == 1:
-      (total, sums), grads = grad(slots, trained, frozen, batch)
+      (_, sums), grads = grad(slots, trained, frozen, batch)
     else:
       # Row i goes to micro-batch i % accumulate: each keeps the sharding.
       micro = jax.tree.map(
@@ -75,13 +93,13 @@ def make_train_step(
           grad, slots, trained, frozen, jax.tree.map(lambda x: x[0], micro)
         ),
       )
-      ((total, sums), grads), _ = jax.lax.scan(add, zeros, micro)
+      ((_, sums), grads), _ = jax.lax.scan(add, zeros, micro)
     count = jnp.maximum(sums["tokens"], 1.0)
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads)
     updates, opt_state = optimizer.update(grads, train_state.opt_state, trained)
     trained = cast(state.Params, optax.apply_updates(trained, updates))
-    metrics = sums | {
-      "loss": total / count,
+    metrics = sums | {k: sums[k] / count for k in PER_TOKEN & sums.keys()}
+    metrics |= {
       "grad_norm": optax.tree.norm(grads),
       "param_norm": optax.tree.norm(trained),
     }
