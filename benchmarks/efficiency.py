@@ -1,6 +1,7 @@
 """What compressing once saves, and where it costs: the paper's Table 7, made.
 
   python -m benchmarks.efficiency [--sizes small 135m] [--repeats 3] [--plot F]
+    [--json F]
 
 Three ways to ask several questions about one image of 576 patches, with the
 same weights, the same prompts and the same engine, in one run:
@@ -11,14 +12,17 @@ same weights, the same prompts and the same engine, in one run:
 
 Weights are random, since speed does not depend on them; `135m` has the shape of
 SmolLM2-135M with CLIP ViT-L/14-336 before it. Answers have 16 tokens. The 7B is
-counted by the formula of vocojax/models/flops.py alone. Read next:
+counted by the formula of vocojax/models/flops.py alone. `--json` writes what
+`python -m vocojax.report` makes a table of. Read next:
 vocojax/inference/engine.py.
 """
 
 import argparse
 import dataclasses
 import functools
+import json
 import os
+import pathlib
 import statistics
 import time
 
@@ -31,6 +35,7 @@ from configs import voco_1tok
 from vocojax import assemble
 from vocojax import config as config_lib
 from vocojax.data import tokenizer as tokenizer_lib
+from vocojax.evals.report import cache_bytes
 from vocojax.inference.cache import VocoCache
 from vocojax.inference.engine import Engine, Request, Result
 from vocojax.models import flops
@@ -409,14 +414,61 @@ def report(results: list[Measured]) -> str:
   return "\n\n".join(parts)
 
 
-def seven_b() -> str:
-  """The 7B by formula, with the original's two separators and <s>."""
-  model = make_config({}).model
-  patches = model.vision.num_patches
+def seven_b_lengths(
+  config: config_lib.Config,
+) -> dict[str, tuple[int, int]]:
+  """(stream, cached tokens), with the original's two separators and <s>."""
+  patches = config.model.vision.num_patches
   full = (1 + patches, 1 + patches)
-  voco = (1 + patches + 2 + 1, 1)
-  lengths = {"none": full, "full": full, "voco": voco}
-  return "### 7B, TFLOP by formula\n\n" + operations_table(model, lengths)
+  return {"none": full, "full": full, "voco": (1 + patches + 2 + 1, 1)}
+
+
+def seven_b() -> str:
+  """The 7B by formula."""
+  config = make_config({})
+  table = operations_table(config.model, seven_b_lengths(config))
+  return f"### 7B, TFLOP by formula\n\n{table}"
+
+
+def json_rows(results: list[Measured]) -> list[dict]:
+  """What a question costs whose image was seen before, and the 7B's by formula.
+
+  Without a cache that is all of a first question; else its own text alone.
+  """
+
+  def row(name, config, way, text_length, lengths, nbytes, seconds):
+    one, two = (
+      operations(config.model, way, text_length, q, *lengths) for q in (1, 2)
+    )
+    return {
+      "size": name,
+      "way": way,
+      "text_length": text_length,
+      "answer_length": ANSWER,
+      "cached_tokens": 0 if way == "none" else lengths[1],
+      "cached_bytes": nbytes,
+      "seconds": seconds,
+      "operations": two - one,
+    }
+
+  rows = []
+  for m in results:
+    for r in m.rows:
+      whole = "full" if r.way == "none" else r.way
+      lengths = m.stream_length[whole], m.cached_tokens[whole]
+      kept = r.prefill + (ANSWER - 1) * r.decode
+      seconds = r.first if r.way == "none" else kept
+      nbytes = m.cached_bytes[r.way]
+      rows.append(
+        row(m.name, m.config, r.way, r.text_length, lengths, nbytes, seconds)
+      )
+  config = make_config({})
+  each = cache_bytes(config)  # of one VoCo token
+  for text_length in TEXT_LENGTHS:
+    for way, lengths in seven_b_lengths(config).items():
+      nbytes = 0 if way == "none" else each * lengths[1]
+      rows.append(row("7B", config, way, text_length, lengths, nbytes, None))
+  return rows
 
 
 def plot(results: list[Measured], path: str) -> None:
@@ -451,6 +503,7 @@ def main():
   parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--plot", help="PNG file to draw the times into")
+  parser.add_argument("--json", help="efficiency.json for vocojax.report")
   args = parser.parse_args()
   # Before the first JAX call, which starts a thread for every core it may use.
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
@@ -459,6 +512,8 @@ def main():
   print("\n" + report(results) + "\n\n" + seven_b() + "\n")
   if args.plot:
     plot(results, args.plot)
+  if args.json:
+    pathlib.Path(args.json).write_text(json.dumps({"rows": json_rows(results)}))
   tables.print_provenance("benchmarks.efficiency")
 
 

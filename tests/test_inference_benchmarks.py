@@ -96,6 +96,20 @@ def test_whole_run(monkeypatch, tmp_path):
   no_cache = dataclasses.replace(measured.row("none", 6), ten=5.0)
   assert measured.seconds(no_cache, 100) == pytest.approx(50.0)
   assert "| 6 | VoCo cache |" in efficiency.report([measured])
+  kept = {(r["size"], r["way"]): r for r in efficiency.json_rows([measured])}
+  # Of a question alone where the image is kept, of both where it is not.
+  voco, none = measured.row("voco", 6), measured.row("none", 6)
+  decoded = (efficiency.ANSWER - 1) * voco.decode
+  row = kept["tiny", "voco"]
+  assert row["seconds"] == pytest.approx(voco.prefill + decoded)
+  assert kept["tiny", "none"]["seconds"] == none.first
+  assert (row["cached_tokens"], row["cached_bytes"]) == (2, 512)
+  whole = efficiency.operations(measured.config.model, "none", 6, 1, 5, 5)
+  assert kept["tiny", "none"]["operations"] == whole > 2 * row["operations"]
+  # The paper's 0.525 MB, and 302 MB with <s>.
+  assert kept["7B", "voco"]["cached_bytes"] == 524_288
+  assert kept["7B", "full"]["cached_bytes"] == 577 * 524_288
+  assert kept["7B", "full"]["seconds"] is None
   efficiency.plot([measured], str(tmp_path / "times.png"))
   with Image.open(tmp_path / "times.png") as picture:
     assert picture.width > 400

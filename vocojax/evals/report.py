@@ -19,7 +19,7 @@ from jaxtyping import Float32, UInt8
 
 from vocojax.config import Config
 from vocojax.errors import UserError
-from vocojax.evals import plots
+from vocojax.evals import markdown, plots
 from vocojax.evals.retention import retention
 
 MAX_SAMPLES = 12  # panels of the grid of answers
@@ -231,7 +231,7 @@ def _scores(results, path: pathlib.Path) -> str:
   ]
   if kept is not None:
     rows.append(("**retention**", "", "", f"**{kept:.1f} %**"))
-  table = _table(("model", "right", "questions", "accuracy"), rows)
+  table = markdown.table(("model", "right", "questions", "accuracy"), rows)
   return f"## Scores\n\n{table}\n\n{note}\n\n![scores](report/{path.name})"
 
 
@@ -245,7 +245,7 @@ def _categories(results) -> str:
       for c in counts
     ]
     rows.append((category, total, *scores))
-  table = _table(("category", "questions", *results), rows)
+  table = markdown.table(("category", "questions", *results), rows)
   return f"## By category\n\n{table}"
 
 
@@ -317,10 +317,10 @@ def _training(metrics, results) -> str:
     if r["seconds"] > 0
   ]
   return (
-    f"## Training and time\n\n{_table(header, rows)}\n\n"
+    f"## Training and time\n\n{markdown.table(header, rows)}\n\n"
     "Time is from the first to the last logged step, pauses of a resumed run "
     "included; images/s is the median. Evaluation:\n\n"
-    f"{_table(('model', 'time', 'questions/s'), seconds)}\n\n"
+    f"{markdown.table(('model', 'time', 'questions/s'), seconds)}\n\n"
     "![curves](report/curves.png)"
   )
 
@@ -352,19 +352,7 @@ def _provenance(config_file: pathlib.Path, voco) -> str:
     rows.append((key, value))
   now = datetime.datetime.now(datetime.UTC)
   rows.append(("report written", f"{now:%Y-%m-%d %H:%M} UTC"))
-  return f"## Provenance\n\n{_table(('what', 'which'), rows)}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-  lines = [header, ["---"] * len(header), *rows]
-  return "\n".join(
-    f"| {' | '.join(_cell(value) for value in line)} |" for line in lines
-  )
-
-
-def _cell(value: Any) -> str:
-  text = f"{value:,}" if isinstance(value, int) else str(value)
-  return text.replace("|", "\\|").replace("\n", " ")
+  return f"## Provenance\n\n{markdown.table(('what', 'which'), rows)}"
 
 
 def _percent(fraction: float) -> str:

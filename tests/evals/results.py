@@ -1,0 +1,98 @@
+"""Results on disk as evaluation and benchmarks leave them, with made-up scores.
+
+Read next: test_tables.py.
+"""
+
+import json
+import pathlib
+
+from tests.evals import conftest
+from vocojax.evals.benchmarks import result as result_lib
+
+# Where runs were made; they are found elsewhere.
+HOME = "/home/somebody/runs"
+
+
+def config(phase, compressor, seed=0, k=1, init_from="", **changes):
+  """The config.json of a phase; `changes` are dotted keys with _ for dots."""
+  values = json.loads(conftest.small_config(k)[1].to_json())
+  values |= {"name": phase, "seed": seed, "init_from": init_from}
+  values["model"]["compressor"]["name"] = compressor
+  values["data"]["source"] = "easy_vqa"
+  for key, value in changes.items():
+    group, _, name = key.partition("__")
+    values.setdefault(group, {})[name] = value
+  return values
+
+
+def write_phase(workdir: pathlib.Path, values) -> str:
+  """Writes config.json; returns the checkpoint's path on the other machine."""
+  folder = workdir / values["name"]
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / "config.json").write_text(json.dumps(values))
+  return f"{HOME}/{workdir.name}/{values['name']}/checkpoints/100"
+
+
+def evaluation(workdir, values, name, accuracy, by_category=None, **more):
+  """A result of vocojax.evaluate: NAME.json, and the phase it is of."""
+  path = workdir / "evaluation" / f"{name}.json"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  counts = by_category or {"color": accuracy}
+  found = {
+    "name": name,
+    "checkpoint": write_phase(workdir, values),
+    "split": "test",
+    "accuracy": accuracy,
+    "by_category": {
+      category: {"correct": 1000 * part, "total": 1000}
+      for category, part in counts.items()
+    },
+    "provenance": {"commit": "0123abc", "devices": "1 x cpu"},
+  }
+  path.write_text(json.dumps(found | more))
+  return path
+
+
+class _Benchmark:
+  """As much of a benchmark as its result tells."""
+
+  max_new_tokens, files = 1, ()
+
+  def questions(self):
+    return iter(())
+
+  def score(self, predictions):
+    return []
+
+  def write_submission(self, predictions, folder):
+    return []
+
+  def __init__(self, name, headline):
+    self.name, self.headline = name, headline
+
+
+def benchmark(workdir, values, name, scores, compressor=None, k=None):
+  """A result of a benchmark; `scores` by name, the first is the headline."""
+  trained = values["model"]["compressor"]
+  used = compressor or trained["name"]
+  path = workdir / "benchmarks" / f"{name}_{used}" / "result.json"
+  asked = result_lib.Asked(
+    checkpoint=write_phase(workdir, values),
+    config=values,
+    layout="qa_v1/1",
+    data="data",
+    settings={"compressor": used, "k": k or trained["num_voco_tokens"]},
+    provenance={"commit": "0123abc"},
+  )
+  headline = next(iter(scores))
+  result_lib.write_result(
+    path, _Benchmark(name, headline), 10, scores.items(), asked
+  )
+  return path
+
+
+def bounds(workdir, lower, upper, seed=0, **changes):
+  """A `full` phase evaluated both ways."""
+  values = config("full", "full", seed, **changes)
+  evaluation(workdir, values, "full", upper)
+  evaluation(workdir, values, "lower", lower)

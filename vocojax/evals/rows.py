@@ -1,0 +1,204 @@
+"""From results to rows of a table: seeds joined, retention. Next: tables.py.
+
+Runs that differ in nothing but their seed are one row. Where two runs have the
+same method but differ in another setting, each is a row that names it.
+"""
+
+import collections
+import dataclasses
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+from vocojax.evals import intervals
+from vocojax.evals.collect import Result
+from vocojax.evals.retention import retention
+
+# Methods in the order of rows, as tables call them.
+LABELS = {
+  "full": "upper bound",
+  "voco_full": "VoCo weights, all patches",
+  "voco": "VoCo",
+  "avgpool": "avg-pool",
+  "qformer": "Q-Former",
+  "blind": "blind, no image",
+  "lower": "lower bound",
+}
+NO_BOUNDS = "no bounds"
+NO_ROOM = "upper bound not above lower"
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """One number: what a result has in a column."""
+
+  result: Result
+  column: str
+  value: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """What a row has in a column.
+
+  Attributes:
+    score: mean over seeds.
+    seeds: the score of each seed.
+    retention: in percent, of each seed that has both bounds.
+    why: why there is no retention; '' where there is.
+  """
+
+  score: intervals.Mean
+  seeds: Mapping[int, float]
+  retention: Mapping[int, float]
+  why: str = ""
+
+  @property
+  def mean_retention(self) -> intervals.Mean:
+    return intervals.mean(list(self.retention.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One model, trained with some seeds.
+
+  Attributes:
+    label: how tables and pictures call it.
+    result: one of its results, which tells method, k and so on.
+    cells: by column.
+  """
+
+  label: str
+  result: Result
+  cells: Mapping[str, Cell]
+
+  @property
+  def seeds(self) -> set[int]:
+    return {seed for cell in self.cells.values() for seed in cell.seeds}
+
+  def average(
+    self, columns: Iterable[str]
+  ) -> tuple[intervals.Mean | None, int]:
+    """Mean retention over columns, for each seed, then over the seeds.
+
+    Returns:
+      It, of the seeds that have all columns in which the row has any retention,
+      and the number of these columns; None and 0 if there is none.
+    """
+    kept = [self.cells[c].retention for c in columns if c in self.cells]
+    kept = [by_seed for by_seed in kept if by_seed]
+    seeds = set.intersection(*map(set, kept)) if kept else set()
+    if not seeds:
+      return None, 0
+    means = [statistics.fmean(x[seed] for x in kept) for seed in sorted(seeds)]
+    return intervals.mean(means), len(kept)
+
+
+def headlines(results: Iterable[Result]) -> list[Score]:
+  """Of each result its main score, in a column of its data set."""
+  return [Score(r, r.data, r.scores[""]) for r in results if "" in r.scores]
+
+
+def label(result: Result) -> str:
+  """Method, k, how it was trained and how it was used."""
+  text, k = LABELS[result.method], result.num_voco_tokens
+  if result.method in ("voco", "avgpool", "qformer"):
+    text += f"-{k}"
+  elif result.method == "lower" and k != 1:
+    text += f", k = {k}"
+  if result.method == "voco" and result.is_elastic:
+    text += " elastic"
+  weight, teacher = result.distillation
+  if weight:
+    text += f", distilled {weight:g}" + (f" from {teacher}" if teacher else "")
+  if result.cut:
+    return f"{text}, cut to {result.cut}"
+  return f"{text}, {result.use}" if result.use else text
+
+
+def make_rows(scores: Sequence[Score]) -> list[Row]:
+  """The rows of a table, in the order of `LABELS`."""
+  bounds = _Bounds(scores)
+  found: dict[tuple[str, str], list[Score]] = collections.defaultdict(list)
+  for score in scores:
+    found[label(score.result), score.column].append(score)
+  rows: dict[str, dict[str, list[Score]]] = collections.defaultdict(dict)
+  for (name, column), members in found.items():
+    for difference, group in _apart(members):
+      rows[name + difference][column] = group
+  made = []
+  for name, columns in rows.items():
+    cells = {column: _cell(group, bounds) for column, group in columns.items()}
+    first = next(iter(columns.values()))[0].result
+    made.append(Row(name, first, cells))
+  return sorted(made, key=_order)
+
+
+def _order(row: Row):
+  r = row.result
+  method = list(LABELS).index(r.method)
+  trained = r.num_voco_tokens, r.is_elastic, r.distillation
+  return method, trained, bool(r.use), -(r.cut or 0), row.label
+
+
+def _apart(members: list[Score]) -> list[tuple[str, list[Score]]]:
+  """Groups with equal settings, with a few settings that tell them apart."""
+  groups: dict[tuple, list[Score]] = collections.defaultdict(list)
+  for score in members:
+    groups[tuple(sorted(score.result.settings.items()))].append(score)
+  every = [dict(group) for group in groups]
+  keys = sorted({key for settings in every for key in settings})
+  keys = [k for k in keys if len({settings.get(k) for settings in every}) > 1]
+  texts = [""] * len(every)
+  for key in keys:
+    if len(set(texts)) == len(texts):
+      break
+    texts = [
+      f"{text}, {key}={settings.get(key, '(none)')}"
+      for text, settings in zip(texts, every, strict=True)
+    ]
+  return list(zip(texts, groups.values(), strict=True))
+
+
+def _cell(group: list[Score], bounds: "_Bounds") -> Cell:
+  values = collections.defaultdict(list)
+  kept = collections.defaultdict(list)
+  why = ""
+  for score in group:
+    values[score.result.seed].append(score.value)
+    lower, upper = bounds.of(score)
+    if lower is None or upper is None:
+      why = NO_BOUNDS
+    elif upper <= lower:
+      why = NO_ROOM
+    else:
+      kept[score.result.seed].append(retention(score.value, lower, upper))
+  # Runs with the same seed as well are one run that was made again.
+  seeds = {seed: statistics.fmean(x) for seed, x in sorted(values.items())}
+  by_seed = {seed: statistics.fmean(x) for seed, x in sorted(kept.items())}
+  mean = intervals.mean(list(seeds.values()))
+  return Cell(mean, seeds, by_seed, "" if by_seed else why)
+
+
+class _Bounds:
+  """Bounds of a score: of its workdir, or else of others with its seed."""
+
+  def __init__(self, scores: Iterable[Score]):
+    self._known: dict[tuple, list[Score]] = collections.defaultdict(list)
+    for score in scores:
+      if not score.result.use:
+        key = score.result.method, score.column, score.result.seed
+        self._known[key].append(score)
+
+  def of(self, score: Score) -> tuple[float | None, float | None]:
+    """The lower and the upper one."""
+    return self._one("lower", score), self._one("full", score)
+
+  def _one(self, method: str, score: Score) -> float | None:
+    one = score.result
+    found = self._known.get((method, score.column, one.seed), [])
+    own = [s for s in found if s.result.workdir == one.workdir]
+    alike = [
+      s for s in found if s.result.num_voco_tokens == one.num_voco_tokens
+    ]
+    chosen = own or alike or found
+    return statistics.fmean(s.value for s in chosen) if chosen else None
