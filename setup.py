@@ -31,10 +31,14 @@ DEPENDENCIES = [
   "easy-vqa==1.0",  # images and questions of the default run, in the package
 ]
 
+_VIDEO = "av>=18,<19"  # reads videos; FFmpeg is inside its wheels
+
 EXTRAS = {
+  "video": [_VIDEO],  # benchmarks of videos
   "gpu": ["jax[cuda13]"],  # NVIDIA, driver 580 or newer
   "tpu": ["jax[tpu]"],  # libtpu of the same release as jax
   "test": [
+    _VIDEO,
     "beartype>=0.23,<0.24",  # checks jaxtyping annotations during tests
     # The TPU compiler, for vocojax.aot: libtpu of the same release as jax. It
     # needs no TPU, but there are no wheels for other machines.

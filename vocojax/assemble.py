@@ -148,19 +148,8 @@ def evaluate(
   Raises:
     CheckpointError: the checkpoint cannot be used with this compressor.
   """
-  config = loaded.config
-  trained = config.model.compressor.name
-  if (trained, compressor) not in _RESULTS:
-    raise CheckpointError(
-      f"{loaded.path}: trained with compressor {trained!r}, which says nothing "
-      f"when used as {compressor!r}; leave --compressor out"
-    )
-  name, title = _RESULTS[trained, compressor]
-  if layout := loaded.chosen_layout:
-    name, title = f"{name}_{layout}", f"{title}, prompt layout {layout}"
-  if int8:
-    name, title = f"{name}_int8", f"{title}, 8-bit cache"
-  config = with_compressor(config, compressor, None)
+  name, title = result_name(loaded, compressor, int8)
+  config = with_compressor(loaded.config, compressor, None)
   model, params = _load_model(loaded, config)
   source = make_source(config.data, config.evaluation.split)
   found = answers.answer_questions(
@@ -183,6 +172,28 @@ def evaluate(
     f"{config.model.vision.num_patches} patches as {seen} token"
     f"{'s' if seen > 1 else ''}, {result['seconds']:.1f} s"
   )
+
+
+def result_name(
+  loaded: checkpoint.Loaded, compressor: str, int8: bool
+) -> tuple[str, str]:
+  """Name and title of what a checkpoint answers when used so.
+
+  Raises:
+    CheckpointError: it cannot be used with this compressor.
+  """
+  trained = loaded.config.model.compressor.name
+  if (trained, compressor) not in _RESULTS:
+    raise CheckpointError(
+      f"{loaded.path}: trained with compressor {trained!r}, which says nothing "
+      f"when used as {compressor!r}; leave --compressor out"
+    )
+  name, title = _RESULTS[trained, compressor]
+  if layout := loaded.chosen_layout:
+    name, title = f"{name}_{layout}", f"{title}, prompt layout {layout}"
+  if int8:
+    name, title = f"{name}_int8", f"{title}, 8-bit cache"
+  return name, title
 
 
 def with_compressor(

@@ -1,19 +1,38 @@
-"""Evaluates a checkpoint on the held-out questions of its data set.
+r"""Evaluates a checkpoint on held-out questions, or on an official benchmark.
 
   python -m vocojax.evaluate --checkpoint=WORKDIR/voco
+  python -m vocojax.evaluate --checkpoint=WORKDIR/voco --benchmark=gqa \
+    --data=DIR
 
-Writes WORKDIR/evaluation/NAME.json and the answers, and the report again. With
-`--compressor=voco` on a `full` checkpoint it gives the lower bound. A
+The first asks the held-out questions of the checkpoint's data set, and writes
+WORKDIR/evaluation/NAME.json, the answers, and the report again. The second
+writes WORKDIR/benchmarks/gqa/NAME/result.json beside the answers and the file
+to hand in; the same command goes on where it was stopped. With
+`--compressor=voco` on a `full` checkpoint either gives the lower bound. A
 checkpoint whose prompt layout this version lacks is refused unless `--layout`
 names one; NAME then ends in it, as it does in `int8` with `--int8`. Read next:
-evals/answers.py.
+evals/answers.py, evals/benchmark_answers.py.
 """
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
 
 import jax
 from absl import flags, logging
 
 from vocojax import assemble, cli
 from vocojax.data import prompt
+from vocojax.errors import UserError
+from vocojax.evals import answers, benchmark_answers
+from vocojax.evals.benchmarks import registry
+from vocojax.evals.benchmarks.base import Benchmark
+from vocojax.evals.benchmarks.files import data_hash
+from vocojax.evals.benchmarks.judge import Judge, Server
+from vocojax.evals.benchmarks.result import Asked, write_result
+from vocojax.evals.benchmarks.video_qa import VideoQa
 from vocojax.evals.report import write_report
 from vocojax.training import checkpoint, distributed
 
@@ -42,6 +61,45 @@ _INT8 = flags.DEFINE_bool(
   False,
   "Answers from 8-bit caches, as vocojax.compress --int8 stores them.",
 )
+_BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size",
+  None,
+  "Images at once, and half of the questions at once; less needs less memory. "
+  "By default the checkpoint's config.evaluation.batch_size.",
+  lower_bound=1,
+)
+_BENCHMARK = flags.DEFINE_string(
+  "benchmark",
+  None,
+  "Official benchmark to answer: "
+  f"{', '.join((*registry.IMAGE, *registry.VIDEO))}.",
+)
+_DATA = flags.DEFINE_string(
+  "data", None, "Folder of the benchmark's files, laid out as README.md says."
+)
+_OUT = flags.DEFINE_string(
+  "out",
+  None,
+  "Folder for answers and result of the benchmark; by default "
+  "WORKDIR/benchmarks/BENCHMARK/NAME.",
+)
+_JUDGE_URL = flags.DEFINE_string(
+  "judge_url",
+  None,
+  "Server of OpenAI's chat protocol that judges answers about videos, such as "
+  "http://localhost:8000/v1; without it they are compared as strings. Its key "
+  "is read from the variable JUDGE_API_KEY.",
+)
+_JUDGE_MODEL = flags.DEFINE_string(
+  "judge_model", None, "Name of the judge at that server."
+)
+_JUDGE_CACHE = flags.DEFINE_string(
+  "judge_cache",
+  None,
+  "Folder where verdicts are kept, each asked for once; by default "
+  "WORKDIR/benchmarks.",
+)
+_JUDGE_KEY = "JUDGE_API_KEY"
 
 
 def main() -> None:
@@ -53,14 +111,154 @@ def main() -> None:
 
 def _run() -> None:
   loaded = checkpoint.load(_CHECKPOINT.value, _LAYOUT.value or "")
+  if _BATCH_SIZE.value:
+    evaluation = dataclasses.replace(
+      loaded.config.evaluation, batch_size=_BATCH_SIZE.value
+    )
+    config = dataclasses.replace(loaded.config, evaluation=evaluation)
+    loaded = dataclasses.replace(loaded, config=config)
   workdir = loaded.path.parents[2]
   compressor = _COMPRESSOR.value or loaded.config.model.compressor.name
+  if _BENCHMARK.value is not None:
+    benchmark, data = _open_benchmark(_BENCHMARK.value, workdir / "benchmarks")
+    _run_benchmark(loaded, benchmark, data, compressor)
+    return
+  for flag in (_DATA, _OUT, _JUDGE_URL, _JUDGE_MODEL, _JUDGE_CACHE):
+    if flag.value is not None:
+      raise UserError(
+        f"--{flag.name}={flag.value}: has no effect without --benchmark; give "
+        "both or none"
+      )
   command = assemble.command_line("vocojax.evaluate")
   assemble.evaluate(loaded, workdir, compressor, command, _INT8.value)
   if jax.process_index():
     return
   if (workdir / "evaluation" / "voco.json").exists():
     print(f"report: {write_report(workdir)}")
+
+
+def _run_benchmark(
+  loaded: checkpoint.Loaded,
+  benchmark: Benchmark,
+  data: pathlib.Path,
+  compressor: str,
+) -> None:
+  """Answers a benchmark, scores it and prints the result in one line.
+
+  The engine gets room for the longest question and the longest answer that the
+  benchmark's protocol allows.
+
+  Raises:
+    UserError: the checkpoint, an image, a file of answers or the judge cannot
+      be used.
+  """
+  questions = benchmark_answers.collect(benchmark)
+  name, title = assemble.result_name(loaded, compressor, _INT8.value)
+  config, limit = loaded.config, benchmark.max_new_tokens
+  longest = benchmark_answers.longest_prompt(
+    questions, config, loaded.tokenizer
+  )
+  video = benchmark if isinstance(benchmark, VideoQa) else None
+  slots = config.evaluation.batch_size * answers.SLOTS_PER_RECORD
+  engine = assemble.load(
+    loaded.path,
+    compressor=compressor,
+    layout=loaded.chosen_layout,
+    slots=slots,
+    max_images=config.data.max_images if video else 1,
+    max_text_length=longest + limit,
+    compress_batch=config.evaluation.batch_size,
+    prefill_rows=-(-slots // answers.PREFILLS),
+  )
+  settings: dict[str, Any] = {
+    "step": loaded.step,
+    "model": engine.origin.model_fingerprint,
+    "name": name,
+    "tokens_per_image": engine.num_image_tokens,
+    "strip_newlines": config.prompt.strip_newlines,
+    "dtype": config.model.dtype,
+    "max_new_tokens": limit,
+  }
+  if video:
+    settings |= {"frames_per_second": 1, "max_frames": config.data.max_images}
+  stamp = settings | {
+    "model": engine.origin.model_fingerprint[:16],
+    "data": data_hash(benchmark.files)[:16],
+    "layout": engine.origin.layout,
+  }
+  model_id = ", ".join(f"{key} {value}" for key, value in stamp.items())
+  out = loaded.path.parents[2] / "benchmarks" / benchmark.name / name
+  if _OUT.value is not None:
+    out = pathlib.Path(_OUT.value).expanduser().absolute()
+  asker = benchmark_answers.Asker(
+    engine, config, limit, _INT8.value, f"{benchmark.name}, {title}"
+  )
+  predictions = asker.answer(questions, out, model_id)
+  distributed.part()  # a judge may take hours
+  if jax.process_index():
+    return
+  files = benchmark.write_submission(predictions, out)
+  scores = list(benchmark.score(predictions))
+  settings["judge"] = video.judged if video else None
+  result = write_result(
+    out / "result.json",
+    benchmark,
+    len(questions),
+    scores,
+    Asked(
+      str(loaded.path),
+      json.loads(config.to_json()),
+      engine.origin.layout,
+      str(data),
+      settings,
+      assemble.provenance(assemble.command_line("vocojax.evaluate")),
+    ),
+  )
+  score = "answered"
+  if benchmark.headline:
+    score = f"{benchmark.headline} {result['value']:.2f}"
+  print(f"{benchmark.name}: {score}, {len(questions):,} questions, {title}")
+  if files:
+    print(f"to hand in: {', '.join(map(str, files))}")
+  print(f"result: {out / 'result.json'}")
+
+
+def _open_benchmark(
+  name: str, benchmarks: pathlib.Path
+) -> tuple[Benchmark, pathlib.Path]:
+  """The benchmark of the flags, with its judge, and the folder of its files.
+
+  Raises:
+    UserError: the flags do not go together, or name nothing that is there.
+  """
+  registry.check_name(name)
+  data = pathlib.Path(_DATA.value or "").expanduser().absolute()
+  if not _DATA.value or not data.is_dir():
+    raise UserError(
+      f"--data={_DATA.value or ''}: no such folder, expected that of the files "
+      f"of {name}; README.md says what is in it"
+    )
+  return registry.open_benchmark(name, data, _judge(benchmarks)), data
+
+
+def _judge(benchmarks: pathlib.Path) -> Judge | None:
+  """The judge of the flags; its verdicts are kept in `benchmarks` by default.
+
+  Raises:
+    UserError: the flags do not go together, or verdicts cannot be read.
+  """
+  url, model, cache = _JUDGE_URL.value, _JUDGE_MODEL.value, _JUDGE_CACHE.value
+  if url is None and model is None and cache is None:
+    return None
+  if not url or not model:
+    missing = _JUDGE_MODEL if url else _JUDGE_URL
+    raise UserError(
+      f"--{missing.name}: missing, expected --judge_url and --judge_model "
+      "together; give both, or no judge"
+    )
+  folder = pathlib.Path(cache or benchmarks).expanduser()
+  server = Server(url, model, os.environ.get(_JUDGE_KEY, ""))
+  return Judge(server, folder / "verdicts.jsonl")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,9 @@ def joined():
     yield
   except BaseException as e:
     leave(e)
-  _last_words("")
+    raise  # this process had parted from the others
+  if _watcher is not None:
+    _last_words("")
 
 
 _watcher: subprocess.Popen | None = None
@@ -107,6 +109,18 @@ def _last_words(words: str) -> None:
   else:
     _watcher.communicate(b"\n")
     _watcher = None
+
+
+def part() -> None:
+  """Ends the run of several processes; all of them are to call it.
+
+  What each does then is its own affair and may take any time. At the end of a
+  program the others would be waited for, but not for long.
+  """
+  if _watcher is None:
+    return
+  jax.distributed.shutdown()
+  _last_words("")
 
 
 def leave(e: BaseException) -> None:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 
+from vocojax import config as config_lib
 from vocojax.errors import UserError
 from vocojax.evals.benchmarks import mmbench, video_qa
 from vocojax.evals.benchmarks.base import Benchmark
@@ -32,6 +33,20 @@ VIDEO: dict[str, Callable[[str | os.PathLike, Judge | None], Benchmark]] = {
 }
 
 
+def check_name(name: str) -> None:
+  """Whether there is a benchmark of this name.
+
+  Raises:
+    UserError: there is none.
+  """
+  names = (*IMAGE, *VIDEO)
+  if name not in names:
+    near = config_lib.nearest_key(name, names).replace("key", "benchmark")
+    raise UserError(
+      f"--benchmark={name}: unknown, expected one of {', '.join(names)}{near}"
+    )
+
+
 def open_benchmark(
   name: str, folder: str | os.PathLike, judge: Judge | None = None
 ) -> Benchmark:
@@ -46,13 +61,9 @@ def open_benchmark(
     UserError: there is no such benchmark, or it takes no judge.
     DataError: a file is missing or is not what it should be.
   """
+  check_name(name)
   if name in VIDEO:
     return VIDEO[name](folder, judge)
-  if name not in IMAGE:
-    raise UserError(
-      f"--benchmark={name}: unknown, expected one of "
-      f"{', '.join((*IMAGE, *VIDEO))}"
-    )
   if judge:
     raise UserError(
       f"--benchmark={name}: takes no judge, its rule compares strings; leave "
