@@ -71,17 +71,16 @@ class _Benchmark:
     self.name, self.headline = name, headline
 
 
-def benchmark(workdir, values, name, scores, compressor=None, k=None):
+def benchmark(workdir, values, name, scores, use=""):
   """A result of a benchmark; `scores` by name, the first is the headline."""
-  trained = values["model"]["compressor"]
-  used = compressor or trained["name"]
-  path = workdir / "benchmarks" / f"{name}_{used}" / "result.json"
+  method = values["model"]["compressor"]["name"]
+  path = workdir / "benchmarks" / name / (use or method) / "result.json"
   asked = result_lib.Asked(
     checkpoint=write_phase(workdir, values),
     config=values,
     layout="qa_v1/1",
     data="data",
-    settings={"compressor": used, "k": k or trained["num_voco_tokens"]},
+    settings={"name": use or method},
     provenance={"commit": "0123abc"},
   )
   headline = next(iter(scores))

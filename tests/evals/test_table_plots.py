@@ -34,8 +34,7 @@ def evaluate(folder, name, scores, k=1, **distill):
   """A result of compressor `voco` for each seed."""
   for seed, score in enumerate(scores):
     values = results.config("voco", "voco", seed, k=k)
-    if distill:
-      values["distill"] = distill
+    values["training"] |= distill
     results.evaluation(folder / f"{name}_s{seed}", values, "voco", score)
 
 
@@ -110,7 +109,7 @@ def test_distillation(tmp_path, draw):
       tmp_path,
       f"l{weight}",
       (0.9, 0.9 + 0.02 * weight),
-      weight=weight,
+      distill_weight=weight,
       teacher="runs/a/full",
     )
   figures = draw()

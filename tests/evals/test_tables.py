@@ -64,7 +64,7 @@ def write_published_bounds(folder):
   for name, (lower, upper) in BOUNDS.items():
     results.benchmark(folder / "a", values, NAMES[name], {"score": upper})
     results.benchmark(
-      folder / "a", values, NAMES[name], {"score": lower}, compressor="voco"
+      folder / "a", values, NAMES[name], {"score": lower}, use="lower"
     )
 
 
@@ -321,8 +321,9 @@ def test_kinds_of_questions(tmp_path):
 
 def test_distillation_is_named(tmp_path):
   for weight in (0.0, 0.5):
-    distill = {"weight": weight, "teacher": f"{results.HOME}/x/full"}
-    values = results.config("voco", "voco") | {"distill": distill}
+    values = results.config("voco", "voco")
+    values["training"]["distill_weight"] = weight
+    values["training"]["teacher"] = f"{results.HOME}/x/full"
     results.evaluation(tmp_path / f"l{weight}", values, "voco", 0.9)
   found = rows(made(tmp_path), "Table 1")
   assert {"VoCo-1", "VoCo-1, distilled 0.5 from full"} <= set(found)

@@ -26,7 +26,7 @@ _CONFIG = "name seed model data evaluation".split()
 # Settings that make no other model: where things lie, how they are computed or
 # logged, and what is read for itself.
 _ASIDE = (
-  *("name", "seed", "init_from", "mesh", "evaluation", "distill.teacher"),
+  *("name", "seed", "init_from", "mesh", "evaluation", "training.teacher"),
   *("data.path", "data.image_folder", "data.tokenizer"),
   *("data.num_workers", "data.prefetch_batches"),
   *("training.log_every", "training.checkpoint_every"),
@@ -37,8 +37,6 @@ _TOKENS = (
   "model.compressor.num_voco_tokens",
   "model.compressor.train_num_voco_tokens",
 )
-# (compressor trained with, compressor used): method, where they differ.
-_OTHERWISE = {("full", "voco"): "lower", ("voco", "full"): "voco_full"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +97,11 @@ class Result:
 
   @property
   def distillation(self) -> tuple[float, str]:
-    """Weight of distillation in the loss, and the name of its teacher."""
-    distill = self.config.get("distill", {})
-    teacher = pathlib.PurePath(str(distill.get("teacher", "")))
-    return float(distill.get("weight", 0.0)), teacher.name
+    """Weight of distillation in the loss, and the teacher's name, if any."""
+    training = self.config.get("training", {})
+    weight = float(training.get("distill_weight", 0.0))
+    teacher = pathlib.PurePath(training.get("teacher", ""))
+    return weight, teacher.name if weight else ""
 
 
 def collect(folder: pathlib.Path) -> list[Result]:
@@ -170,21 +169,16 @@ def _benchmark(path: pathlib.Path) -> Result:
   remedy = "run that benchmark again, or move the file away"
   found = read_object(path, _BENCHMARK, remedy)
   config = with_fields(f"{path}: config", found["config"], _CONFIG, remedy)
-  used = with_fields(
-    f"{path}: settings", found["settings"], ["compressor", "k"], remedy
-  )
+  used = with_fields(f"{path}: settings", found["settings"], ["name"], remedy)
   workdir = next(p for p in path.parents if p.name == "benchmarks").parent
   written = pathlib.Path(found["checkpoint"]).parents[1]
-  trained = config["model"]["compressor"]
-  pair = trained["name"], used["compressor"]
-  method = _OTHERWISE.get(pair, used["compressor"])
-  cut = method == "voco" and used["k"] != trained["num_voco_tokens"]
+  method, use = _split(path, used["name"], remedy)
   headline = {"": found["value"]} if found["headline"] else {}
   return Result(
     path,
     workdir,
     method,
-    f"m{used['k']}" if cut else "",
+    use,
     found["benchmark"],
     True,
     {**headline, **found["scores"]},

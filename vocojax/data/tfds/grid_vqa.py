@@ -55,10 +55,11 @@ Question = tuple[str, str]  # and its answer
 class GridConfig(tfds.core.BuilderConfig):
   """How many cells a side."""
 
+  name: str
   grid_size: int = 2
 
 
-BUILDERS = [GridConfig(name=f"{g}x{g}", grid_size=g) for g in (2, 3, 4)]
+BUILDERS = [GridConfig(f"{g}x{g}", grid_size=g) for g in (2, 3, 4)]
 
 
 class GridVqa(tfds.core.GeneratorBasedBuilder):
@@ -225,7 +226,7 @@ def _existence(grid: Grid, rng: np.random.Generator) -> Iterator[Question]:
   present = sorted({cell for row in grid for cell in row if cell})
   absent = sorted(set(itertools.product(COLORS, SHAPES)) - set(present))
   for _ in range(_OTHERS):
-    yes = bool(present) and rng.random() < 0.5
+    yes = bool(present) and (not absent or rng.random() < 0.5)
     options = present if yes else absent
     if not yes and present and rng.random() < 0.5:
       known = {color for color, _ in present}
@@ -254,14 +255,17 @@ def _relations(grid: Grid, rng: np.random.Generator) -> Iterator[Question]:
   side = range(len(grid))
   objects = collections.Counter(cell for row in grid for cell in row if cell)
   possible = [
-    (f"{name} the {' '.join(grid[row][column])}", grid[row + down][column + on])
-    for row, column in itertools.product(side, repeat=2)
+    (f"{name} the {' '.join(cell)}", grid[row + down][column + on])
+    for row, cells in enumerate(grid)
+    for column, cell in enumerate(cells)
     for name, (down, on) in _SIDES.items()
-    if objects[grid[row][column]] == 1
+    if cell
+    and objects[cell] == 1
     and row + down in side
     and column + on in side
   ]
   for i in rng.permutation(len(possible))[:_OTHERS]:
-    place, cell = possible[i]
+    place, neighbour = possible[i]
     attribute = _choose(rng, ["color", "shape"])
-    yield f"what {attribute} is the object {place} ?", _answer(cell, attribute)
+    answer = _answer(neighbour, attribute)
+    yield f"what {attribute} is the object {place} ?", answer
