@@ -61,6 +61,11 @@ def test_memory_and_work():
   assert 1 < m.work.flops / m.program.ideal_flops <= 1.24
 
 
+def test_memory_of_a_small_batch():
+  """8.32 GiB is what MaxText's step takes for as many tokens."""
+  assert measured(2).peak_bytes / GIB <= 8.0
+
+
 def test_flash_attention_and_no_square_of_scores():
   m = measured(12)
   layers, tower = 31, 23
