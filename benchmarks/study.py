@@ -153,10 +153,12 @@ class Run:
 
 
 def plan(
-  out: pathlib.Path, grids: list[int], seeds: list[int], only: str
+  out: pathlib.Path, grids: list[int], seeds: list[int], only: list[str]
 ) -> list[Run]:
   """All runs in the order in which they are best begun."""
-  methods = [m for m in METHODS if fnmatch.fnmatch(m.name, only)]
+  methods = [
+    m for m in METHODS if any(fnmatch.fnmatch(m.name, x) for x in only)
+  ]
   return [
     Run(out / f"grid{g}" / f"seed{s}" / (m.name if m else _START), g, s, m)
     for g in grids
@@ -223,7 +225,9 @@ def main() -> int:
   parser.add_argument("--out", type=pathlib.Path, required=True)
   parser.add_argument("--grids", type=int, nargs="+", default=[2, 3])
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-  parser.add_argument("--only", default="*", help="methods, as 'voco_*'")
+  parser.add_argument(
+    "--only", nargs="+", default=["*"], help="methods, such as full 'voco_*'"
+  )
   parser.add_argument("--dry_run", action="store_true", help="print commands")
   args = parser.parse_args()
   runs = plan(args.out.absolute(), args.grids, args.seeds, args.only)

@@ -14,7 +14,7 @@ again, it goes on where it stopped.
 
   --dry-run   print the commands of all runs that are left, and their time
   FLAGS       for python -m benchmarks.study, after --out=runs/study; such as
-              --grids 2, --seeds 0 1, --only 'voco_*'
+              --grids 2, --seeds 0 1, --only full 'voco_*'
 
 PYTHON=/path/to/python3.11 chooses the Python that .venv is made with.
 END
