@@ -23,6 +23,7 @@ import sys
 import tqdm
 
 from configs import gridvqa, gridvqa_start
+from vocojax.data import sources
 
 _START = "start"
 # Seconds of a step on one of two busy cores of an AMD EPYC, 2026-11-25.
@@ -244,6 +245,8 @@ def main() -> int:
         if not result.is_file():
           print(shlex.join(["python", *command]))
     return 0
+  for grid in args.grids:
+    sources.grid_vqa(grid, "test")  # or all runs would write it at once
   failed = perform_all(left)
   for line in failed:
     print(f"error: {line}", file=sys.stderr)
