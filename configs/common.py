@@ -163,4 +163,7 @@ def get_config() -> ConfigDict:
   c.evaluation.max_new_tokens = 16  # answers are cut there
   c.evaluation.max_records = 0  # 0 is all
   c.evaluation.bounds = False  # also score 'full' and its weights under VoCo
+  # vocojax.evaluate --adaptive reads 1, 2, 4, ... VoCo tokens until no event
+  # among an answer's first tokens changes its probability by more than this.
+  c.evaluation.adaptive_threshold = 0.1
   return c

@@ -15,6 +15,7 @@ from tests.models import builders
 from vocojax import assemble
 from vocojax.data import pipeline
 from vocojax.data.sources import make_source
+from vocojax.errors import UserError
 from vocojax.models.vlm import VisionLanguageModel
 from vocojax.training import checkpoint, loop
 
@@ -24,6 +25,7 @@ TAIL = """\
 """
 NAMES = {"voco": ("voco", "voco"), "full": ("full", "full")}
 NAMES |= {"lower": ("full", "voco")}  # phase, compressor
+THRESHOLD = 0.08  # between what some questions move by and what others do
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +127,84 @@ def test_eight_bit_caches_answer_nearly_the_same(folder, tmp_path):
     for a, b in zip(exact, rounded, strict=True)
   ]
   assert len(same) == 20 and sum(same) >= 18
+
+
+def test_fewer_tokens_by_its_program(folder, tmp_path):
+  """Of one token, the first one is all."""
+  shutil.copytree(folder / "run", tmp_path / "copy")
+  process = runs.start_cached(
+    folder,
+    "vocojax.evaluate",
+    f"--checkpoint={tmp_path}/copy/voco",
+    "--num_voco_tokens=1",
+    "--adaptive",
+  )
+  out, err = process.communicate(timeout=280)
+  assert process.returncode == 0, err
+  assert out.startswith(
+    "VoCo, first 1 of each image, as few tokens as will do: "
+  )
+  assert ", 16 patches as 1.00 tokens on average, " in out
+  result, answers = results(tmp_path / "copy")["voco_m1_adaptive"]
+  expected, _ = results(folder / "run")["voco"]
+  assert result["correct"] == expected["correct"]
+  assert (result["mean_k"], result["k_histogram"]) == (1, {"1": 20})
+  assert {x["num_voco_tokens"] for x in answers} == {1}
+
+
+@pytest.fixture(scope="module")
+def four_tokens(folder, tmp_path_factory):
+  """A model of four tokens that mean little, and its results by number."""
+  loaded = checkpoint.load(str(folder / "run" / "full"))
+  config = assemble.with_compressor(loaded.config, "voco", 4)
+  evaluation = dataclasses.replace(
+    config.evaluation, adaptive_threshold=THRESHOLD
+  )
+  config = dataclasses.replace(config, evaluation=evaluation)
+  loaded = dataclasses.replace(loaded, config=config)
+  workdir = tmp_path_factory.mktemp("four")
+  for m in (1, 2, 4):
+    assemble.evaluate(loaded, workdir, "voco", "a test", num_voco_tokens=m)
+  assemble.evaluate(loaded, workdir, "voco", "a test", adaptive=True)
+  return loaded, results(workdir)
+
+
+def test_fewer_tokens_in_name_and_answers(four_tokens):
+  _, found = four_tokens
+  assert set(found) == {"voco_m1", "voco_m2", "voco_m4", "voco_adaptive"}
+  answers = [[x["prediction"] for x in found[name][1]] for name in found]
+  assert len({tuple(x) for x in answers}) > 2  # the number matters
+  assert found["voco_m2"][0]["title"] == "VoCo, first 2 of each image"
+  assert "mean_k" not in found["voco_m2"][0]
+
+
+def test_adaptive_answers_are_those_of_their_number(four_tokens):
+  _, found = four_tokens
+  result, answers = found["voco_adaptive"]
+  numbers = [x["num_voco_tokens"] for x in answers]
+  assert set(numbers) == {2, 4}
+  for i, m in enumerate(numbers):
+    expected = found[f"voco_m{m}"][1][i]
+    assert answers[i] == expected | {"num_voco_tokens": m}
+  assert result["k_histogram"] == {
+    str(m): numbers.count(m) for m in sorted(set(numbers))
+  }
+  assert result["mean_k"] == sum(numbers) / 20
+  assert result["adaptive_threshold"] == THRESHOLD
+
+
+def test_tokens_that_cannot_be_cut(folder, four_tokens, tmp_path):
+  loaded, _ = four_tokens
+  full = checkpoint.load(str(folder / "run" / "full"))
+  for arguments, words in (
+    ({"num_voco_tokens": 5}, r"found 5, but .* choose 1 to 4"),
+    ({"num_voco_tokens": 0}, r"found 0, but .* choose 1 to 4"),
+  ):
+    with pytest.raises(UserError, match=words):
+      assemble.evaluate(loaded, tmp_path, "voco", "a test", **arguments)
+  with pytest.raises(UserError, match="--adaptive: found compressor 'full'"):
+    assemble.evaluate(full, tmp_path, "full", "a test", adaptive=True)
+  assert not list(tmp_path.iterdir())
 
 
 def test_another_prompt_layout_must_be_chosen(folder, tmp_path):

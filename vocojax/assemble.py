@@ -131,6 +131,8 @@ def evaluate(
   compressor: str,
   command: str,
   int8: bool = False,
+  num_voco_tokens: int | None = None,
+  adaptive: bool = False,
 ) -> None:
   """Scores a checkpoint, writes the result and prints it in one line.
 
@@ -144,16 +146,26 @@ def evaluate(
       checkpoint was trained with, a bound.
     command: what was typed, for the provenance.
     int8: answer from caches of 8-bit numbers.
+    num_voco_tokens: answer from the first so many tokens of each image.
+    adaptive: answer each question from as few of them as will do.
 
   Raises:
     CheckpointError: the checkpoint cannot be used with this compressor.
+    UserError: its tokens cannot be cut so.
   """
-  name, title = result_name(loaded, compressor, int8)
-  config = with_compressor(loaded.config, compressor, None)
+  name, title = result_name(loaded, compressor, int8, num_voco_tokens)
+  if adaptive:
+    if compressor != "voco":
+      raise UserError(
+        f"--adaptive: found compressor {compressor!r}, whose tokens cannot be "
+        "cut, expected 'voco'; leave the flag out"
+      )
+    name, title = f"{name}_adaptive", f"{title}, as few tokens as will do"
+  config = with_compressor(loaded.config, compressor, num_voco_tokens)
   model, params = _load_model(loaded, config)
   source = make_source(config.data, config.evaluation.split)
   found = answers.answer_questions(
-    config, model, params, loaded.tokenizer, source, title, int8
+    config, model, params, loaded.tokenizer, source, title, int8, adaptive
   )
   if jax.process_index():
     return
@@ -167,20 +179,27 @@ def evaluate(
     provenance(command),
   )
   seen = len(model.stream.visible)
+  tokens = f"{seen} token{'s' if seen > 1 else ''}"
+  if adaptive:
+    tokens = f"{result['mean_k']:.2f} tokens on average"
   print(
     f"{title}: {result['accuracy']:.2%} of {result['total']} answers right, "
-    f"{config.model.vision.num_patches} patches as {seen} token"
-    f"{'s' if seen > 1 else ''}, {result['seconds']:.1f} s"
+    f"{config.model.vision.num_patches} patches as {tokens}, "
+    f"{result['seconds']:.1f} s"
   )
 
 
 def result_name(
-  loaded: checkpoint.Loaded, compressor: str, int8: bool
+  loaded: checkpoint.Loaded,
+  compressor: str,
+  int8: bool,
+  num_voco_tokens: int | None = None,
 ) -> tuple[str, str]:
   """Name and title of what a checkpoint answers when used so.
 
   Raises:
     CheckpointError: it cannot be used with this compressor.
+    UserError: its tokens cannot be cut to so many.
   """
   trained = loaded.config.model.compressor.name
   if (trained, compressor) not in _RESULTS:
@@ -193,6 +212,10 @@ def result_name(
     name, title = f"{name}_{layout}", f"{title}, prompt layout {layout}"
   if int8:
     name, title = f"{name}_int8", f"{title}, 8-bit cache"
+  _check_num_voco_tokens(loaded, compressor, num_voco_tokens)
+  if num_voco_tokens is not None:
+    name = f"{name}_m{num_voco_tokens}"
+    title = f"{title}, first {num_voco_tokens} of each image"
   return name, title
 
 

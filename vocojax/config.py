@@ -142,14 +142,13 @@ class CompressorConfig:
   def budgets(self) -> tuple[int, ...]:
     """Numbers of VoCo tokens that an example may be trained with; () is k.
 
-    Powers of two and k. Drawn alike, they make each doubling equally frequent:
-    of 1 to 128 drawn alike, one image in 128 would have one token, and half of
-    them more than 64, where one more changes little.
+    Drawn alike, powers of two make each doubling equally frequent: of 1 to 128
+    drawn alike, one image in 128 would have one token, and half of them more
+    than 64, where one more changes little.
     """
     if self.train_num_voco_tokens == "fixed" or self.name != "voco":
       return ()
-    k = self.num_voco_tokens
-    return (*(2**i for i in range((k - 1).bit_length())), k)
+    return budgets(self.num_voco_tokens)
 
   def __post_init__(self):
     _positive(self, "model.compressor", "num_voco_tokens qformer_layers")
@@ -330,8 +329,14 @@ class EvaluationConfig:
   max_new_tokens: int
   max_records: int
   bounds: bool
+  adaptive_threshold: float = 0.1
 
   def __post_init__(self):
+    if not 0 <= self.adaptive_threshold <= 1:
+      raise ConfigError(
+        "config.evaluation.adaptive_threshold: found "
+        f"{self.adaptive_threshold}, expected 0 to 1, a total variation"
+      )
     _positive(self, "evaluation", "batch_size max_new_tokens")
     _not_negative(self, "evaluation", "max_records")
 
@@ -363,6 +368,11 @@ class Config:
       raise ConfigError(
         f"{where}: not a config this version can read ({e})"
       ) from e
+
+
+def budgets(k: int) -> tuple[int, ...]:
+  """1, 2, 4, ... as long as they are below k, and k."""
+  return (*(2**i for i in range((k - 1).bit_length())), k)
 
 
 def phases(config: ml_collections.ConfigDict) -> tuple[Config, ...]:

@@ -10,7 +10,8 @@ writes WORKDIR/benchmarks/gqa/NAME/result.json beside the answers and the file
 to hand in; the same command goes on where it was stopped. With
 `--compressor=voco` on a `full` checkpoint either gives the lower bound. A
 checkpoint whose prompt layout this version lacks is refused unless `--layout`
-names one; NAME then ends in it, as it does in `int8` with `--int8`. Read next:
+names one; NAME then ends in it, as it does in `int8` with `--int8`, in `m4`
+with `--num_voco_tokens=4` and in `adaptive` with `--adaptive`. Read next:
 evals/answers.py, evals/benchmark_answers.py.
 """
 
@@ -60,6 +61,17 @@ _INT8 = flags.DEFINE_bool(
   "int8",
   False,
   "Answers from 8-bit caches, as vocojax.compress --int8 stores them.",
+)
+_NUM_VOCO_TOKENS = flags.DEFINE_integer(
+  "num_voco_tokens",
+  None,
+  "Answers from the first so many VoCo tokens of each image; by default all.",
+)
+_ADAPTIVE = flags.DEFINE_bool(
+  "adaptive",
+  False,
+  "Answers each question from as few VoCo tokens as will do, see "
+  "inference/adaptive.py; not with --benchmark.",
 )
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size",
@@ -120,6 +132,10 @@ def _run() -> None:
   workdir = loaded.path.parents[2]
   compressor = _COMPRESSOR.value or loaded.config.model.compressor.name
   if _BENCHMARK.value is not None:
+    if _ADAPTIVE.value:
+      raise UserError(
+        "--adaptive: has no effect with --benchmark; leave one of them out"
+      )
     benchmark, data = _open_benchmark(_BENCHMARK.value, workdir / "benchmarks")
     _run_benchmark(loaded, benchmark, data, compressor)
     return
@@ -130,7 +146,15 @@ def _run() -> None:
         "both or none"
       )
   command = assemble.command_line("vocojax.evaluate")
-  assemble.evaluate(loaded, workdir, compressor, command, _INT8.value)
+  assemble.evaluate(
+    loaded,
+    workdir,
+    compressor,
+    command,
+    _INT8.value,
+    _NUM_VOCO_TOKENS.value,
+    _ADAPTIVE.value,
+  )
   if jax.process_index():
     return
   if (workdir / "evaluation" / "voco.json").exists():
@@ -153,7 +177,9 @@ def _run_benchmark(
       be used.
   """
   questions = benchmark_answers.collect(benchmark)
-  name, title = assemble.result_name(loaded, compressor, _INT8.value)
+  name, title = assemble.result_name(
+    loaded, compressor, _INT8.value, _NUM_VOCO_TOKENS.value
+  )
   config, limit = loaded.config, benchmark.max_new_tokens
   longest = benchmark_answers.longest_prompt(
     questions, config, loaded.tokenizer
@@ -163,6 +189,7 @@ def _run_benchmark(
   engine = assemble.load(
     loaded.path,
     compressor=compressor,
+    num_voco_tokens=_NUM_VOCO_TOKENS.value,
     layout=loaded.chosen_layout,
     slots=slots,
     max_images=config.data.max_images if video else 1,

@@ -7,12 +7,14 @@ here).
 
 import collections
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,6 +26,7 @@ from vocojax.config import Config
 from vocojax.data import pipeline
 from vocojax.data.sources import Record, Source
 from vocojax.evals.categories import category
+from vocojax.inference import adaptive
 from vocojax.inference.engine import Engine, Request
 from vocojax.models import layers
 from vocojax.models.vlm import VisionLanguageModel
@@ -41,14 +44,14 @@ class Evaluation:
 
   Attributes:
     predictions: one dict a question: record_id, question, answer, prediction,
-      category.
+      category; where it was adaptive, num_voco_tokens too.
     seconds: compression and answering, without compilation; of the slowest
       process.
     kept: image, attention [L, H, K, patches] and id of some records of the
       first process, where the compressor is 'voco'.
   """
 
-  predictions: list[dict[str, str]]
+  predictions: list[dict[str, Any]]
   seconds: float
   kept: list[tuple[np.ndarray, np.ndarray, str]]
 
@@ -65,6 +68,7 @@ class _Asked:
   question: str
   truth: str
   prediction: str = ""
+  num_voco_tokens: int = 0  # read for it, where that is adaptive
 
 
 def answer_questions(
@@ -75,11 +79,13 @@ def answer_questions(
   source: Source,
   title: str,
   int8: bool = False,
+  is_adaptive: bool = False,
 ) -> Evaluation:
   """Compresses each image once and answers all its questions from the cache.
 
   Each conversation's first question is asked; its answer is the truth. With
-  `int8` the cache is rounded to 8-bit numbers before.
+  `int8` the cache is rounded to 8-bit numbers before. Where it `is_adaptive`,
+  each question reads as few VoCo tokens as will do, see inference/adaptive.py.
   """
   evaluation = config.evaluation
   slots = evaluation.batch_size * SLOTS_PER_RECORD
@@ -110,12 +116,19 @@ def answer_questions(
     dynamic_ncols=True,
     disable=index > 0,
   )
+  answer = functools.partial(
+    _answer,
+    engine,
+    max_new_tokens=evaluation.max_new_tokens,
+    int8=int8,
+    threshold=evaluation.adaptive_threshold if is_adaptive else None,
+  )
   seconds = 0.0
   for number, (records, images) in enumerate(batches):
     if number == 0:  # compile outside the measured time
-      _answer(engine, records, images, evaluation.max_new_tokens, int8)
+      answer(records, images)
     started = time.perf_counter()
-    found = _answer(engine, records, images, evaluation.max_new_tokens, int8)
+    found = answer(records, images)
     seconds += time.perf_counter() - started
     _keep(kept, records, images, found)
     asked += found
@@ -129,6 +142,7 @@ def answer_questions(
       "prediction": a.prediction,
       "category": category(config.data.source, a.question, a.truth),
     }
+    | ({"num_voco_tokens": a.num_voco_tokens} if is_adaptive else {})
     for a in asked
   ]
   blocks = distributed.gather((predictions, seconds))
@@ -177,8 +191,9 @@ def _answer(
   images: list[np.ndarray],
   max_new_tokens: int,
   int8: bool,
+  threshold: float | None,
 ) -> list[_Asked]:
-  """All questions of a batch of records, answered."""
+  """All questions of a batch of records, answered; `threshold` if adaptive."""
   flat = [image for pixels in images for image in pixels]
   cache = engine.compress(flat) if flat else None
   if cache is not None and int8:
@@ -194,8 +209,14 @@ def _answer(
       requests.append(
         Request([(question, None)], one, max_new_tokens=max_new_tokens)
       )
-  for index, result in engine.generate(requests):
-    asked[index].prediction = result.text
+  if threshold is None:
+    for index, result in engine.generate(requests):
+      asked[index].prediction = result.text
+    return asked
+  answers = adaptive.run(engine, requests, threshold)
+  for one, answer in zip(asked, answers, strict=True):
+    one.prediction = answer.result.text
+    one.num_voco_tokens = answer.num_voco_tokens
   return asked
 
 
@@ -265,6 +286,17 @@ def write(
     "by_category": dict(groups),
     "provenance": provenance,
   }
+  counts = collections.Counter(
+    p["num_voco_tokens"]
+    for p in evaluation.predictions
+    if "num_voco_tokens" in p
+  )
+  if counts:
+    result |= {
+      "adaptive_threshold": config.evaluation.adaptive_threshold,
+      "mean_k": sum(k * count for k, count in counts.items()) / total,
+      "k_histogram": {str(k): counts[k] for k in sorted(counts)},
+    }
   lines = [json.dumps(p) + "\n" for p in evaluation.predictions]
   _write(folder / f"{name}.predictions.jsonl", "".join(lines).encode())
   if name == "voco" and evaluation.kept:

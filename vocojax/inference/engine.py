@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Float32
 
 from vocojax.config import Config
 from vocojax.data import prompt
@@ -57,6 +58,8 @@ class Engine:
     max_text_length: tokens of a prompt and its answer together.
     compress_batch: images compressed by one call of the program.
     num_image_tokens: tokens that it makes of an image.
+    num_voco_tokens: how many of them, the last, may be cut off; 0 where it has
+      another compressor.
     num_patches: patches as which it sees an image.
   """
 
@@ -109,6 +112,10 @@ class Engine:
     self.max_text_length = max_text_length
     self.compress_batch = compress_batch
     self.num_image_tokens = len(model.stream.visible)
+    compressor = model.config.compressor
+    self.num_voco_tokens = (
+      compressor.num_voco_tokens if compressor.name == "voco" else 0
+    )
     self.num_patches = model.config.vision.num_patches
     self._room = Room(
       tokenizer,
@@ -163,7 +170,7 @@ class Engine:
     return self._programs.num_compilations
 
   def warm_up(self) -> None:
-    """Compiles every program now, so that nothing is compiled later."""
+    """Compiles now what `generate` and `compress` would compile later."""
     size = self._model.config.vision.image_size
     pixels = np.zeros((self.compress_batch, size, size, 3), np.uint8)
     with self._mesh():
@@ -268,6 +275,24 @@ class Engine:
     """
     self._prepare([(0, request)])
 
+  def foretell(self, requests: Sequence[Request]) -> Float32[np.ndarray, "N V"]:
+    """Probabilities of the first token of each answer, whatever its sampling.
+
+    Raises:
+      UserError: a request cannot be answered.
+    """
+    jobs = self._prepare(list(enumerate(requests)))
+    found = np.zeros(
+      (len(jobs), self._model.config.llm.padded_vocab_size), np.float32
+    )
+    for length, part in self._parts(list(enumerate(jobs))):
+      with self._mesh():
+        rows = self._programs.foretell(
+          self._params, *self._lay([job for _, job in part], length)
+        )
+      found[[i for i, _ in part]] = np.asarray(rows)[: len(part)]
+    return found
+
   def _prepare(self, pairs: Sequence[tuple[int, Request]]) -> list[Job]:
     """Numbered requests to jobs; their images are compressed together."""
     images: list[ImageLike] = []
@@ -307,19 +332,42 @@ class Engine:
       jobs = self._prepare(list(itertools.islice(waiting, len(free))))
       if not jobs:
         return
-      groups = collections.defaultdict(list)
-      for slot, job in zip(free, jobs, strict=False):
+      taken = list(zip(free, jobs, strict=False))
+      for slot, job in taken:
         self._jobs[slot] = job
-        groups[self._bucket(len(job.prompt_ids))].append((slot, job))
-      for length, group in groups.items():
-        for i in range(0, len(group), self._prefill_rows):
-          part = group[i : i + self._prefill_rows]
-          tokens = self._prefill(part, length)
-          for (slot, _), token in zip(part, tokens, strict=False):
-            yield from self._push(slot, token)
+      for length, part in self._parts(taken):
+        tokens = self._prefill(part, length)
+        for (slot, _), token in zip(part, tokens, strict=False):
+          yield from self._push(slot, token)
+
+  def _parts(
+    self, numbered: list[tuple[int, Job]]
+  ) -> Iterator[tuple[int, list[tuple[int, Job]]]]:
+    """Jobs that are read together, and the length of their padded prompts."""
+    groups = collections.defaultdict(list)
+    for number, job in numbered:
+      groups[self._bucket(len(job.prompt_ids))].append((number, job))
+    for length, group in groups.items():
+      for i in range(0, len(group), self._prefill_rows):
+        yield length, group[i : i + self._prefill_rows]
 
   def _prefill(self, group: list[tuple[int, Job]], length: int) -> list[int]:
     """Reads prompts, padded to `length`, into slots; their first tokens."""
+    *prompts, lengths, rows = self._lay([job for _, job in group], length)
+    target = np.full(self._prefill_rows, self.slots, np.int32)  # goes nowhere
+    for row, (slot, job) in enumerate(group):
+      target[row] = slot
+      self._rows.slot[slot] = rows.slot[row] + len(job.prompt_ids)
+      self._rows.position[slot] = rows.position[row] + len(job.prompt_ids)
+      self._rows.sampling.start(slot, job.request.sampling)
+    with self._mesh():
+      tokens, self._cache = self._programs.prefill(
+        self._params, self._cache, *prompts, lengths, target, rows
+      )
+    return np.asarray(tokens).tolist()
+
+  def _lay(self, jobs: list[Job], length: int):
+    """Images and their positions, prompts and lengths, and where rows begin."""
     c = self._model.config.llm
     R, C = self._prefill_rows, self._image_slots
     shape = (c.num_hidden_layers, R, C, c.num_key_value_heads, c.head_dim)
@@ -327,9 +375,8 @@ class Engine:
     positions = np.zeros((R, C), np.int32)
     ids = np.zeros((R, length), np.int32)
     lengths = np.ones(R, np.int32)
-    target = np.full(R, self.slots, np.int32)  # outside: goes nowhere
     rows = Rows.empty(R)
-    for row, (slot, job) in enumerate(group):
+    for row, job in enumerate(jobs):
       count = job.num_image_tokens
       if job.cache is not None:
         images = job.cache.dequantize(self._dtype.name)
@@ -342,24 +389,9 @@ class Engine:
         )
       ids[row, : len(job.prompt_ids)] = job.prompt_ids
       lengths[row] = len(job.prompt_ids)
-      target[row] = slot
       rows.slot[row] = count
       rows.sampling.start(row, job.request.sampling)
-      self._rows.slot[slot] = count + len(job.prompt_ids)
-      self._rows.position[slot] = rows.position[row] + len(job.prompt_ids)
-      self._rows.sampling.start(slot, job.request.sampling)
-    with self._mesh():
-      tokens, self._cache = self._programs.prefill(
-        self._params,
-        self._cache,
-        ImageKeyValues(keys, values),
-        positions,
-        ids,
-        lengths,
-        target,
-        rows,
-      )
-    return np.asarray(tokens).tolist()
+    return ImageKeyValues(keys, values), positions, ids, lengths, rows
 
   def _decode(self) -> list[int]:
     """One step of all slots; their next tokens."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
-from jaxtyping import Array, Int, Int32, UInt8
+from jaxtyping import Array, Float32, Int, Int32, UInt8
 
 from vocojax.inference.sampling import SamplingRows, sample
 from vocojax.models.cache import ImageKeyValues, TextCache
@@ -56,12 +56,13 @@ class Programs:
     step = functools.partial(
       jax.jit, donate_argnames="cache", out_shardings=(None, cache_sharding)
     )
+    self.foretell = jax.jit(functools.partial(_foretell, model))
     self.prefill = step(functools.partial(_prefill, model))
     self.decode = step(functools.partial(_decode, model))
 
   @property
   def num_compilations(self) -> int:
-    """As the caches of `jax.jit` have it: one for each new shape or layout."""
+    """Of compress, prefill and decode; one for each new shape or layout."""
     programs: tuple[Any, ...] = (self.compress, self.prefill, self.decode)
     return sum(program._cache_size() for program in programs)
 
@@ -71,6 +72,23 @@ def _compress(
 ) -> ImageKeyValues:
   cache, _ = model.compress(params, images)
   return cache
+
+
+def _foretell(
+  model: VisionLanguageModel,
+  params,
+  images: ImageKeyValues,
+  image_positions: Int[Array, "R C"],
+  input_ids: Int[Array, "R T"],
+  lengths: Int[Array, " R"],
+  rows: Rows,
+) -> Float32[Array, "R V"]:
+  """Probabilities of what follows each prompt."""
+  fresh = model.place(images, image_positions, input_ids.shape[1])
+  logits, _ = model.extend(
+    params, input_ids, fresh, rows.slot, rows.position, lengths - 1
+  )
+  return jax.nn.softmax(logits, axis=-1)
 
 
 def _prefill(
