@@ -20,7 +20,7 @@ def write(
   fps: int | fractions.Fraction = 5,
   levels=level,
 ) -> None:
-  """Writes `num_frames` frames, each of one grey, at `fps` a second."""
+  """Writes `num_frames` frames, each of one colour, at `fps` a second."""
   with av.open(os.fspath(path), "w") as container:
     stream = container.add_stream("mpeg4", rate=fps)
     stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
