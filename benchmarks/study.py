@@ -19,6 +19,7 @@ import queue
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import tqdm
 
@@ -100,6 +101,7 @@ class Run:
   grid: int
   seed: int
   method: Method | None
+  flags: tuple[str, ...]  # of vocojax.train, after its own
 
   @property
   def name(self) -> str:
@@ -120,13 +122,14 @@ class Run:
     ]
     results = self.folder / "evaluation"
     if self.method is None:
-      return [(train, results / "full.json")]
+      return [([*train, *self.flags], results / "full.json")]
     m = self.method
     train += [
       f"--config.init_from={start}",
       f"--config.model.compressor.name={m.compressor}",
       f"--config.model.compressor.num_voco_tokens={m.k}",
       *(flag.format(start=start) for flag in m.flags),
+      *self.flags,
     ]
     checkpoint = f"--checkpoint={self.folder / m.compressor}"
     return [
@@ -154,14 +157,24 @@ class Run:
 
 
 def plan(
-  out: pathlib.Path, grids: list[int], seeds: list[int], only: list[str]
+  out: pathlib.Path,
+  grids: list[int],
+  seeds: list[int],
+  only: list[str],
+  flags: Sequence[str] = (),
 ) -> list[Run]:
   """All runs in the order in which they are best begun."""
   methods = [
     m for m in METHODS if any(fnmatch.fnmatch(m.name, x) for x in only)
   ]
   return [
-    Run(out / f"grid{g}" / f"seed{s}" / (m.name if m else _START), g, s, m)
+    Run(
+      out / f"grid{g}" / f"seed{s}" / (m.name if m else _START),
+      g,
+      s,
+      m,
+      tuple(flags),
+    )
     for g in grids
     for m in (None, *methods)
     for s in seeds
@@ -222,7 +235,9 @@ def perform_all(runs: list[Run]) -> list[str]:
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(
+    description=__doc__.splitlines()[0], allow_abbrev=False
+  )
   parser.add_argument("--out", type=pathlib.Path, required=True)
   parser.add_argument("--grids", type=int, nargs="+", default=[2, 3])
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -230,8 +245,14 @@ def main() -> int:
     "--only", nargs="+", default=["*"], help="methods, such as full 'voco_*'"
   )
   parser.add_argument("--dry_run", action="store_true", help="print commands")
-  args = parser.parse_args()
-  runs = plan(args.out.absolute(), args.grids, args.seeds, args.only)
+  args, flags = parser.parse_known_args()
+  if foreign := [flag for flag in flags if not flag.startswith("--config.")]:
+    parser.error(f"{foreign[0]}: unknown; --config.KEY=VALUE is for all runs")
+  out = args.out.absolute()
+  runs = plan(out, args.grids, args.seeds, args.only, flags)
+  if not any(run.method for run in runs):
+    names = ", ".join(method.name for method in METHODS)
+    parser.error(f"--only {' '.join(args.only)}: found none, expected {names}")
   left = [run for run in runs if not run.done]
   cores = len(os.sched_getaffinity(0))
   hours = sum(run.seconds for run in left) / cores / 3600

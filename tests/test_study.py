@@ -1,0 +1,125 @@
+"""The study's runs: what is started, that it is valid, and a small real one."""
+
+import ast
+import functools
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import study
+from tests import runs
+from vocojax.config import load_module, phases
+
+
+def study_of(*arguments):
+  return subprocess.run(
+    [sys.executable, "-m", "benchmarks.study", *arguments],
+    cwd=runs.ROOT,
+    env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    capture_output=True,
+    text=True,
+  )
+
+
+def config_of(command):
+  """The phase that a command line of vocojax.train asks for."""
+  given = dict(word.removeprefix("--").split("=", 1) for word in command)
+  config = load_module(given.pop("config"))
+  given.pop("workdir")
+  for key, text in given.items():
+    *groups, name = key.split(".")[1:]
+    group = functools.reduce(lambda c, k: c[k], groups, config)
+    is_text = isinstance(group[name], str)
+    group[name] = text if is_text else ast.literal_eval(text)
+  [phase] = phases(config)
+  return phase
+
+
+def test_every_run_is_a_valid_config(tmp_path, monkeypatch):
+  monkeypatch.chdir(runs.ROOT)
+  planned = study.plan(tmp_path, [2, 3], [0, 7], ["*"])
+  assert len(planned) == 2 * 2 * (1 + len(study.METHODS))
+  assert len({run.folder for run in planned}) == len(planned)
+  found = {}
+  for run in planned:
+    (command, result), *evaluations = run.commands
+    config = config_of(command[2:])
+    assert (config.data.grid_size, config.seed) == (run.grid, run.seed)
+    assert result.parent == run.folder / "evaluation"
+    for other, _ in evaluations:
+      assert f"--checkpoint={run.folder / config.name}" in other
+    found[run.folder.relative_to(tmp_path)] = config
+  for path, config in found.items():
+    start = path.parent / "start"
+    if path == start:
+      assert (config.init_from, config.optimizer.freeze) == ("", ())
+      continue
+    # The same start, data and steps; the tower is frozen.
+    assert config.init_from == str(tmp_path / start / "full")
+    voco = found[path.parent / "voco_1"]
+    assert config.data == voco.data
+    assert config.training.steps == voco.training.steps
+    assert config.optimizer.learning_rate == voco.optimizer.learning_rate
+    free = path.name.endswith("_free")
+    assert config.optimizer.freeze == (() if free else ("^vision/",))
+
+
+def test_only_and_errors(tmp_path):
+  out = f"--out={tmp_path}"
+  shown = study_of(out, "--dry_run", "--grids", "2", "--seeds", "1", "--only")
+  assert shown.returncode == 2
+  shown = study_of(
+    out, "--dry_run", "--grids", "2", "--seeds", "1", "--only", "blind", "full"
+  )
+  first, *commands = shown.stdout.splitlines()
+  assert first.startswith("3 of 3 runs are to be done: about 0.")
+  programs = [shlex.split(c)[2] for c in commands]
+  assert programs == [*["vocojax.train"] * 3, "vocojax.evaluate"] or (
+    programs
+    == ["vocojax.train", "vocojax.train", "vocojax.evaluate", "vocojax.train"]
+  )
+  wrong = study_of(out, "--only", "vocos")
+  assert wrong.returncode == 2
+  assert "--only vocos: found none, expected full, voco_1," in wrong.stderr
+  wrong = study_of(out, "--seed=1")
+  assert wrong.returncode == 2 and "--seed=1: unknown" in wrong.stderr
+
+
+@pytest.mark.slow
+def test_a_small_study(tmp_path):
+  arguments = [
+    f"--out={tmp_path}",
+    *("--grids", "2", "--seeds", "0", "--only", "full", "blind"),
+    "--config.training.steps=2",
+    "--config.data.train_split=train[:64]",
+    "--config.evaluation.max_records=8",
+  ]
+  done = study_of(*arguments)
+  assert done.returncode == 0, done.stderr
+  folder = tmp_path / "grid2" / "seed0"
+  for run, name in (("full", "full"), ("full", "lower"), ("blind", "blind")):
+    path = folder / run / "evaluation" / f"{name}.json"
+    result = json.loads(path.read_text())
+    assert result["total"] > 100 and result["step"] == 2
+  # Nothing is done a second time; what is missing is.
+  times = {p: p.stat().st_mtime_ns for p in folder.glob("*/evaluation/*.json")}
+  (folder / "full" / "evaluation" / "lower.json").unlink()
+  again = study_of(*arguments)
+  assert again.stdout.startswith("1 of 3 runs are to be done")
+  now = {p: p.stat().st_mtime_ns for p in folder.glob("*/evaluation/*.json")}
+  changed = [p.name for p in now if now[p] != times[p]]
+  assert now.keys() == times.keys() and changed == ["lower.json"]
+  # A run that fails is named, with its log, and the others go on.
+  (folder / "blind" / "evaluation" / "blind.json").unlink()
+  (folder / "full" / "evaluation" / "lower.json").unlink()
+  metrics = folder / "blind" / "blind"
+  for path in metrics.glob("checkpoints/2/config*"):
+    path.unlink() if path.is_file() else None
+  failed = study_of(*arguments)
+  assert failed.returncode == 1
+  assert "blind: exit status 2, see" in failed.stderr
+  assert (folder / "full" / "evaluation" / "lower.json").is_file()
