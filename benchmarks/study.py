@@ -66,7 +66,7 @@ def _distilled(weight: str, teacher: str) -> Method:
 
 
 _TRUNCATED = tuple(
-  ((f"--num_voco_tokens={m}",), f"voco_{m}") for m in (1, 2, 4, 8)
+  ((f"--num_voco_tokens={m}",), f"voco_m{m}") for m in (1, 2, 4, 8)
 )
 METHODS = (
   Method("full", "full", 1, (), ((("--compressor=voco",), "lower"),)),

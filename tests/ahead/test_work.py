@@ -175,6 +175,38 @@ def test_collectives_in_and_outside_a_loop(mesh):
   }
 
 
+@pytest.mark.parametrize(
+  ("groups", "size"),
+  [
+    # As the 7B step has them with tensor parallelism over 4 of 16 chips.
+    (
+      "mesh['axis_0'=4,'axis_1'=4], device_ids=([4,4]T(1,0)) "
+      "{'axis_0','axis_1'}",
+      16,
+    ),
+    ("mesh['axis_0'=4,'axis_1'=4], device_ids=([4,4]T(1,0)) {'axis_1'}", 4),
+    ("mesh['a'=2,'b'=8] {'b'}", 8),
+    ("mesh['a'=2,'b'=8] {'b':(2)4}", 4),
+    ("[4,4]<=[16]", 4),
+    ("{{0,1},{2,3}}", 2),
+  ],
+)
+def test_sizes_of_groups_as_they_are_printed(groups, size):
+  text = (
+    "HloModule m\n\n"
+    "%add (a: f32[], b: f32[]) -> f32[] {\n"
+    "  %a = f32[] parameter(0)\n"
+    "  %b = f32[] parameter(1)\n"
+    "  ROOT %sum = f32[] add(%a, %b)\n}\n\n"
+    "ENTRY %main (x: f32[8]) -> f32[8] {\n"
+    "  %x = f32[8]{0} parameter(0)\n"
+    "  ROOT %all-reduce.1 = f32[8]{0} all-reduce(%x), channel_id=1, "
+    f"replica_groups={groups}, use_global_device_ids=true, to_apply=%add\n}}\n"
+  )
+  [found] = work.count(hlo.parse(text)).collectives
+  assert (found.kind, found.group) == ("all-reduce", size)
+
+
 def test_sharded_weights_are_gathered_in_the_loop(mesh):
   """Asynchronous collectives, cut into several pieces on a TPU, count once."""
 

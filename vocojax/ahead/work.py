@@ -202,7 +202,10 @@ def _group_size(x: hlo.Instruction) -> int:
   if first := x.attribute(r"replica_groups=\{\{([\d,]*)\}"):
     return first.count(",") + 1
   mesh = x.attribute(r"replica_groups=mesh\[(.*?)\]")
-  axes = x.attribute(r"replica_groups=mesh\[.*?\] \{(.*?)\}")
+  # An order of devices may stand between the mesh and its axes.
+  axes = x.attribute(
+    r"replica_groups=mesh\[.*?\](?:, device_ids=\(\S*\))? \{(.*?)\}"
+  )
   if mesh is None or axes is None:
     raise ValueError(f"{x.name}: unknown replica_groups: {x.attributes[:200]}")
   sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh)}
