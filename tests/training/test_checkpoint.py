@@ -1,7 +1,9 @@
 """What a checkpoint holds, who may read it, and what is not one."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
 import shutil
 import time
@@ -393,6 +395,28 @@ def test_damaged_checkpoint(saved, tmp_path, part):
     checkpoint.load_params(str(tmp_path / "run"), model, phase.config.model)
   assert str(e.value).startswith(f"{where}: cannot be read (")
   assert str(e.value).endswith("); use another step")
+
+
+# Orbax reads arrays side by side and asks after the first that fails only.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("item", ["params", "optimizer"])
+def test_array_that_is_cut_off(saved, tmp_path, item):
+  phase, _ = saved
+  shutil.copytree(phase.folder, tmp_path / "run")
+  where = tmp_path / "run/checkpoints/3"
+  files = [p for p in (where / item).rglob("d/*") if p.is_file()]
+  for path in files:
+    os.truncate(path, path.stat().st_size // 2)
+  assert files
+  checkpoints = checkpoint.Checkpointer(
+    tmp_path / "run", phase.config, phase.tokenizer
+  )
+  with contextlib.closing(checkpoints), pytest.raises(CheckpointError) as e:
+    checkpoints.restore(STEP, abstract(phase), 1)
+  assert str(e.value).startswith(f"{where}: cannot be read (")
+  if item == "params":
+    with pytest.raises(CheckpointError, match=r"cannot be read \("):
+      fresh_params(phase.model, str(tmp_path / "run"))
 
 
 def fresh_params(model, init_from="", freeze=()):

@@ -132,15 +132,16 @@ class Checkpointer:
       "use another --workdir, or config.init_from to start from its weights",
     )
     optimizer = {"step": abstract.step, "state": abstract.opt_state}
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardRestore(abstract.params),
-        optimizer=ocp.args.StandardRestore(optimizer),
-        data=ocp.args.JsonRestore(),
-        progress=ocp.args.JsonRestore(),
-      ),
-    )
+    with _readable(where):
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          params=ocp.args.StandardRestore(abstract.params),
+          optimizer=ocp.args.StandardRestore(optimizer),
+          data=ocp.args.JsonRestore(),
+          progress=ocp.args.JsonRestore(),
+        ),
+      )
     train_state = TrainState(
       restored["optimizer"]["step"],
       restored["params"],
@@ -313,7 +314,10 @@ def load(path: str, layout: str = "") -> Loaded:
 def _readable(where: pathlib.Path):
   try:
     yield
-  except (OSError, ValueError) as e:
+  except Exception as e:
+    # Orbax raises one of no other type for arrays that are damaged.
+    if type(e) is not Exception and not isinstance(e, (OSError, ValueError)):
+      raise
     raise CheckpointError(
       f"{where}: cannot be read ({' '.join(str(e).split())[:200]}); use "
       "another step"
