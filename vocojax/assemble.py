@@ -162,7 +162,7 @@ def evaluate(
       )
     name, title = f"{name}_adaptive", f"{title}, as few tokens as will do"
   config = with_compressor(loaded.config, compressor, num_voco_tokens)
-  model, params = _load_model(loaded, config)
+  model, params = load_model(loaded, config)
   source = make_source(config.data, config.evaluation.split)
   found = answers.answer_questions(
     config, model, params, loaded.tokenizer, source, title, int8, adaptive
@@ -231,7 +231,7 @@ def with_compressor(
   return dataclasses.replace(config, model=model)
 
 
-def _load_model(loaded: checkpoint.Loaded, config: Config):
+def load_model(loaded: checkpoint.Loaded, config: Config):
   """The model and the checkpoint's parameters, on this host's devices.
 
   Raises:
@@ -284,7 +284,7 @@ def load(
     )
   _check_num_voco_tokens(loaded, name, num_voco_tokens)
   config = with_compressor(loaded.config, name, num_voco_tokens)
-  model, params = _load_model(loaded, config)
+  model, params = load_model(loaded, config)
   return Engine(config, model, params, loaded.tokenizer, **sizes)
 
 

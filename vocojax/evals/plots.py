@@ -134,20 +134,46 @@ def attention_maps(
   Raises:
     UserError: the patches do not form a square.
   """
-  n, num_layers, _, _, num_patches = attention.shape
+  by_layer = attention[:, :, :, 0].mean(axis=2)  # [n, L, N]
+  columns = [
+    (f"layer {i + 1}", by_layer[:, i]) for i in shown(attention.shape[1])
+  ]
+  columns.append(("all layers", by_layer.mean(axis=1)))
+  heat_maps(images, columns, path)
+
+
+def shown(num_layers: int) -> Sequence[int]:
+  """Layers to draw: all, or `MAX_LAYERS` spread over the depth."""
+  count = min(num_layers, MAX_LAYERS)
+  return np.linspace(0, num_layers - 1, count).round().astype(int).tolist()
+
+
+def heat_maps(
+  images: UInt8[np.ndarray, "n S S 3"],
+  columns: Sequence[tuple[str, Float32[np.ndarray, "n N"]]],
+  path: pathlib.Path,
+  grid: bool = False,
+) -> None:
+  """Draws maps over images, one row an image, beside the image itself.
+
+  Args:
+    images: the pixels.
+    columns: title and weights of the patches; the number above each panel is
+      their sum.
+    path: PNG to write.
+    grid: whether to draw the edges of the patches.
+
+  Raises:
+    UserError: the patches do not form a square.
+  """
+  num_patches = columns[0][1].shape[1]
   side = math.isqrt(num_patches)
   if side * side != num_patches:
     raise UserError(
       f"attention map: found {num_patches} patches, expected a square number; "
       "evaluate again to rewrite attention.npz"
     )
-  by_layer = attention[:, :, :, 0].mean(axis=2)  # [n, L, N]
-  shown = np.linspace(0, num_layers - 1, min(num_layers, MAX_LAYERS))
-  columns = [
-    (f"layer {i + 1}", by_layer[:, i]) for i in shown.round().astype(int)
-  ]
-  columns.append(("all layers", by_layer.mean(axis=1)))
-  width = len(columns) + 1
+  n, width = len(images), len(columns) + 1
   figure = new_figure(n * (WIDTH / width + 0.3) + 0.2)
   axes = figure.subplots(n, width, squeeze=False)
   for row, image in enumerate(images):
@@ -170,6 +196,12 @@ def attention_maps(
         extent=extent,
         interpolation="nearest",
       )
+      if grid:
+        edges = np.linspace(0, image.shape[0], side + 1)
+        ends = (0, image.shape[0])
+        style = {"colors": GREY, "linewidth": 0.4, "alpha": 0.6}
+        axis.hlines(edges, *ends, **style)
+        axis.vlines(edges, *ends, **style)
       share = f"{100 * heat.sum():.0f} %"
       title = f"{name}\n{share}" if row == 0 else share
       axis.set_title(title, fontsize=10)
