@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -417,6 +418,8 @@ def test_array_that_is_cut_off(saved, tmp_path, item):
   if item == "params":
     with pytest.raises(CheckpointError, match=r"cannot be read \("):
       fresh_params(phase.model, str(tmp_path / "run"))
+  del e, checkpoints
+  gc.collect()  # the other failures, or the next test has to hear of them
 
 
 def fresh_params(model, init_from="", freeze=()):
