@@ -107,9 +107,7 @@ def _draw_reading(model, params, pixels, out: pathlib.Path) -> None:
     attention = jax.jit(
       lambda params, images: rollout.stream_attention(model, params, images)
     )(params, pixels)
-  # What a layer makes of a VoCo token, the next one turns into the keys and
-  # values that text reads. Nothing does so after the last.
-  mixed = rollout.rollout(attention[:-1])[-1]
+  mixed = rollout.of_last_cache(attention)
   first = len(stream.before)
   patches = slice(first, first + stream.num_image_tokens)
   k = model.config.compressor.num_voco_tokens

@@ -58,12 +58,13 @@ def test_rollout_is_a_product_of_matrices(parts):
   A = attention.shape[-1]
   for n in range(2):
     expected = np.eye(A)
+    np.testing.assert_array_equal(found[0, n], expected)
     for i in range(LAYERS):
       half = np.zeros((A, A))
       for row, column in np.ndindex(A, A):
         half[row, column] = (attention[i, n, row, column] + (row == column)) / 2
       expected = half @ expected
-      np.testing.assert_allclose(found[i, n], expected, atol=1e-6)
+      np.testing.assert_allclose(found[i + 1, n], expected, atol=1e-6)
   np.testing.assert_allclose(found.sum(-1), 1, atol=1e-5)
 
 
@@ -73,3 +74,11 @@ def test_rollout_of_a_chain():
   chain[0, 0] = 1
   found = rollout.rollout(jnp.stack([chain, chain])[:, None])[-1, 0]
   np.testing.assert_allclose(found[2], [0.25, 0.5, 0.25])
+
+
+def test_what_the_last_layer_mixes_is_not_in_the_cache(parts):
+  *_, attention = parts
+  found = rollout.of_last_cache(attention)
+  np.testing.assert_array_equal(found, rollout.rollout(attention[:-1])[-1])
+  one = rollout.of_last_cache(attention[:1])
+  np.testing.assert_array_equal(one[0], np.eye(one.shape[-1]))

@@ -37,7 +37,7 @@ def stream_attention(
 
 def rollout(
   attention: Float32[Array, "L N A A"],
-) -> Float32[Array, "L N A A"]:
+) -> Float32[Array, "L+1 N A A"]:
   """How much of each input token is in each token after so many layers.
 
   Attention rollout (Abnar and Zuidema, arXiv 2005.00928): the residual branch
@@ -46,8 +46,8 @@ def rollout(
   MLPs.
 
   Returns:
-    [l, n, i, j]: share of input token j in token i after layers 0 to l; the
-    shares of a token add up to 1.
+    [l, n, i, j]: share of input token j in token i after l layers; the shares
+    of a token add up to 1.
   """
   identity = jnp.eye(attention.shape[-1], dtype=attention.dtype)
 
@@ -56,4 +56,16 @@ def rollout(
     return mixed, mixed
 
   start = jnp.broadcast_to(identity, attention.shape[1:])
-  return jax.lax.scan(through, start, attention)[1]
+  _, after = jax.lax.scan(through, start, attention)
+  return jnp.concatenate([start[None], after])
+
+
+def of_last_cache(
+  attention: Float32[Array, "L N A A"],
+) -> Float32[Array, "N A A"]:
+  """The roll-up as far as text can see it: through all layers but the last.
+
+  The keys and values of a layer are made of what the layer before it gave.
+  What the last layer makes of an image stream, nobody reads.
+  """
+  return rollout(attention)[-2]
