@@ -4,7 +4,6 @@ The reference asks a model with k = m for each m, in the joint pass, and knows
 no cache. Read next: test_engine.py.
 """
 
-import collections
 import dataclasses
 import functools
 
@@ -124,6 +123,15 @@ def _distances(folder, bos=False) -> list[np.ndarray]:
   ]
 
 
+def _between(distances, share) -> float:
+  """About so many are below it, and none so close that rounding decides."""
+  middle = int(share * np.size(distances))
+  near = np.sort(distances, axis=None)[middle - 4 : middle + 5]
+  gap = int(np.argmax(np.diff(near)))
+  assert near[gap + 1] - near[gap] > 1e-4
+  return float(near[gap : gap + 2].mean())
+
+
 def _expected(distances, threshold) -> list[int]:
   settled = []
   for own in np.stack(distances, axis=1):
@@ -138,14 +146,14 @@ def test_stops_where_the_answer_no_longer_moves(engine, folder, bos):
     with runs.quick_compile():
       engine = _engine(_setup(folder, bos=True))
   distances = _distances(folder, bos)
-  threshold = float(np.median(distances))
-  # None is so close to it that rounding decides.
-  assert np.abs(np.stack(distances) - threshold).min() > 1e-4
-  expected = _expected(distances, threshold)
-  drawn = collections.Counter(expected)
-  assert set(drawn) == {2, 4, 5}, drawn
-  found = adaptive.run(engine, _requests(), threshold)
-  assert [answer.num_voco_tokens for answer in found] == expected
+  settled = {}
+  for share in (0.8, 0.3, 0.5):
+    threshold = _between(distances, share)
+    expected = settled[share] = _expected(distances, threshold)
+    found = adaptive.run(engine, _requests(), threshold)
+    assert [answer.num_voco_tokens for answer in found] == expected
+  assert {m for expected in settled.values() for m in expected} == {2, 4, 5}
+  assert settled[0.8] != settled[0.5] != settled[0.3]
   # The answers are those of a cache cut there.
   cut = [
     dataclasses.replace(r, images=engine.compress(r.images).truncate(m + bos))

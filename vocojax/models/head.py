@@ -83,7 +83,8 @@ def distilled_losses(
 ) -> tuple[Float32[Array, "B T"], Bool[Array, "B T"], Float32[Array, "B T"]]:
   """`token_losses`, and KL(teacher || student) of the next token, in nats.
 
-  The teacher's logits too are made chunk by chunk. It gets no gradient.
+  The teacher's logits too are made chunk by chunk. It gets no gradient, so what
+  led to `teacher_x` has no backward pass either.
   """
   teacher = jax.lax.stop_gradient((teacher_x, teacher_kernel))
   return _losses(x, kernel, targets, vocab_size, chunk, teacher)

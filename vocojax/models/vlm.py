@@ -230,14 +230,13 @@ class VisionLanguageModel:
     return x
 
   def _both_text_states(self, llm_params, image_x, batch):
-    """The same, and as it is for text that sees all patches; no gradient."""
+    """The same, and as it is for text that sees all patches."""
     teacher = self.teacher
     if self.config.attention == "bias":
       seen = image_x[:, : teacher.stream.length]
-      taught = jax.lax.stop_gradient((llm_params, seen))
       return (
         self._text_states(llm_params, image_x, batch),
-        teacher._text_states(*taught, batch),
+        teacher._text_states(llm_params, seen, batch),
       )
     return self._two_stream(llm_params, image_x, batch, teacher._reader(batch))
 
@@ -320,7 +319,7 @@ class VisionLanguageModel:
 
     Returns:
       Output of the last layer for every text token [B, T, D], and for the text
-      as the teacher reads it, without gradient; None if there is no teacher.
+      as the teacher reads it; None if there is no teacher.
     """
     llm, A, reader = self.llm, self.stream.length, self._reader(batch)
     B, F = batch["image_group_ids"].shape
@@ -352,10 +351,8 @@ class VisionLanguageModel:
 
     def teach(text_x, layer_params, seen_k, seen_v):
       """A layer of the teacher's text."""
-      text_x, layer_params, *seen = jax.lax.stop_gradient(
-        (text_x, layer_params, seen_k, seen_v)
-      )
-      attended = read(teacher, *seen, *llm.qkv(layer_params, text_x))
+      q, k, v = llm.qkv(layer_params, text_x)
+      attended = read(teacher, seen_k, seen_v, q, k, v)
       return layers.shard_rows(llm.output(layer_params, text_x, attended))
 
     def body(carry, layer_params):
@@ -381,8 +378,7 @@ class VisionLanguageModel:
       # Of the images it makes only the keys and values that text sees.
       x, taught_x = carry
       if teacher:
-        fixed = jax.lax.stop_gradient((layer_params, seen_by(teacher, x)))
-        _, *seen = llm.qkv(*fixed)
+        _, *seen = llm.qkv(layer_params, seen_by(teacher, x))
         taught_x = teach(taught_x, layer_params, *seen)
       text_x, n = x[:, F * A :], F * len(reader.visible)
       q, k, v = llm.qkv(
