@@ -27,8 +27,8 @@ def get_config() -> ConfigDict:
   c.model.attention_kernel = "auto"
   c.model.attention_block_size = 640  # of splash: most tokens of a block
   c.model.logits_chunk = 8192  # rows of the vocabulary scored at a time
-  # Parts of the MLP's width computed one after the other: less memory where
-  # nothing splits the width (config.mesh.tensor = 1). Divides it.
+  # Parts of the MLP's width computed one after the other: less memory. Divides
+  # it; no effect where config.mesh.tensor splits the width.
   c.model.mlp_chunks = 1
   c.model.dtype = "bfloat16"  # of activations and matrix products
   c.model.param_dtype = "float32"  # of weights and optimiser state

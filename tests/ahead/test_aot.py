@@ -19,6 +19,7 @@ from vocojax.data import prompt
 from vocojax.data.sources import make_source
 from vocojax.data.tokenizer import load_tokenizer
 from vocojax.errors import UserError
+from vocojax.training import sharding
 
 CHIPS = 4
 D, M, L, V, ROWS, T = 256, 512, 2, 256, 2, 128  # rows of one chip
@@ -307,3 +308,26 @@ def test_stream_lengths_are_those_of_llamas_tokenizer(llama_tokenizer_folder):
     before, after = prompt.stream_ids(prompt.LAYOUTS[name], words)
     assert (len(before), len(after)) == lengths, name
   assert programs.STREAM_LENGTHS.keys() == prompt.LAYOUTS.keys()
+
+
+def test_tensor_parallelism_splits_the_work(folder):
+  """Also with an MLP in parts, which are not cut out of a split width."""
+  flops = {}
+  for chunks in (1, 4):
+    config = load_module(str(folder / "tiny.py"))
+    config.mesh.tensor = 2
+    config.model.mlp_chunks = chunks
+    [phase] = phases(config)
+    _, devices = topology.describe("v5e:2x2")
+    mesh = sharding.make_mesh(phase.mesh, devices)
+    [program] = programs.train(phase, mesh)
+    flops[chunks] = measure.compile_program(program).work.flops
+  assert flops[4] == flops[1]
+  # On one axis of four chips each has a quarter of the rows and all the width,
+  # on two half of the rows and half the width: as much work.
+  config.mesh.tensor, config.model.mlp_chunks = 1, 1
+  [phase] = phases(config)
+  mesh = sharding.make_mesh(phase.mesh, devices)
+  [program] = programs.train(phase, mesh)
+  alone = measure.compile_program(program).work.flops
+  assert flops[1] == pytest.approx(alone, rel=0.1)

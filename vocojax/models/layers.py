@@ -167,6 +167,12 @@ def mesh_of(x: Array) -> contextlib.AbstractContextManager:
   return contextlib.nullcontext()
 
 
+def num_shards(axis: str) -> int:
+  """Size of an axis of the mesh in force, 1 if there is none."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else mesh.shape[axis]
+
+
 def row_axes(num_rows: int) -> tuple[str, ...] | None:
   """Mesh axes that rows are split over, None where they do not divide."""
   mesh = jax.sharding.get_abstract_mesh()

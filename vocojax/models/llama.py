@@ -82,7 +82,8 @@ class MLP(nn.Module):
   """SwiGLU feed-forward block, `config.mlp_chunks` parts of its width in turn.
 
   A part is a slice of M: its products, and in the backward pass its gradients,
-  are gone before those of the next are made.
+  are gone before those of the next are made. Where the mesh splits the width
+  over `tensor` there is one part.
   """
 
   model: ModelConfig
@@ -104,7 +105,8 @@ class MLP(nn.Module):
       return layers.product(hidden, down)
 
     chunks = self.model.mlp_chunks
-    if chunks == 1:
+    # Where the mesh splits the width, cutting it again would undo that.
+    if chunks == 1 or layers.num_shards("tensor") > 1:
       return part(x, gate, up, down)
 
     # The gradient of x is a sum over parts, not to be rounded each time.
