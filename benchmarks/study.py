@@ -122,7 +122,8 @@ class Run:
     ]
     results = self.folder / "evaluation"
     if self.method is None:
-      return [([*train, *self.flags], results / "full.json")]
+      # Not evaluated, or it would be an upper bound. Written last by training:
+      return [([*train, *self.flags], self.folder / "full" / "config.json")]
     m = self.method
     train += [
       f"--config.init_from={start}",

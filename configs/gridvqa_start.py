@@ -12,5 +12,5 @@ def get_config():
   c = gridvqa.get_config()
   c.model.compressor.name = "full"
   c.optimizer.freeze = ()
-  c.training.steps = 800
+  c.training.update(steps=800, evaluate=False)
   return c

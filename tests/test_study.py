@@ -49,7 +49,10 @@ def test_every_run_is_a_valid_config(tmp_path, monkeypatch):
     (command, result), *evaluations = run.commands
     config = config_of(command[2:])
     assert (config.data.grid_size, config.seed) == (run.grid, run.seed)
-    assert result.parent == run.folder / "evaluation"
+    if config.training.evaluate:
+      assert result.parent == run.folder / "evaluation"
+    else:
+      assert result == run.folder / config.name / "config.json"
     for other, _ in evaluations:
       assert f"--checkpoint={run.folder / config.name}" in other
     found[run.folder.relative_to(tmp_path)] = config
@@ -57,6 +60,8 @@ def test_every_run_is_a_valid_config(tmp_path, monkeypatch):
     start = path.parent / "start"
     if path == start:
       assert (config.init_from, config.optimizer.freeze) == ("", ())
+      # Its weights are no upper bound: they learned for fewer steps.
+      assert not config.training.evaluate
       continue
     # The same start, data and steps; the tower is frozen.
     assert config.init_from == str(tmp_path / start / "full")
