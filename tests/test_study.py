@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -121,9 +122,7 @@ def test_a_small_study(tmp_path):
   # A run that fails is named, with its log, and the others go on.
   (folder / "blind" / "evaluation" / "blind.json").unlink()
   (folder / "full" / "evaluation" / "lower.json").unlink()
-  metrics = folder / "blind" / "blind"
-  for path in metrics.glob("checkpoints/2/config*"):
-    path.unlink() if path.is_file() else None
+  shutil.rmtree(folder / "blind" / "blind" / "checkpoints" / "2" / "params")
   failed = study_of(*arguments)
   assert failed.returncode == 1
   assert "blind: exit status 2, see" in failed.stderr

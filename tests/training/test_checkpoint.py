@@ -422,6 +422,21 @@ def test_array_that_is_cut_off(saved, tmp_path, item):
   gc.collect()  # the other failures, or the next test has to hear of them
 
 
+@pytest.mark.parametrize("item", ["params", "data"])
+def test_item_that_is_missing(saved, tmp_path, item):
+  phase, _ = saved
+  shutil.copytree(phase.folder, tmp_path / "run")
+  where = tmp_path / "run/checkpoints/3"
+  shutil.rmtree(where / item)
+  checkpoints = checkpoint.Checkpointer(
+    tmp_path / "run", phase.config, phase.tokenizer
+  )
+  with contextlib.closing(checkpoints), pytest.raises(CheckpointError) as e:
+    checkpoints.restore(STEP, abstract(phase), 1)
+  assert str(e.value).startswith(f"{where}: cannot be read (")
+  assert item in str(e.value)
+
+
 def fresh_params(model, init_from="", freeze=()):
   with runs.quick_compile():
     return loop.init_params(model, runs.mesh(), 0, init_from, freeze)

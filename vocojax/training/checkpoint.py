@@ -315,8 +315,10 @@ def _readable(where: pathlib.Path):
   try:
     yield
   except Exception as e:
-    # Orbax raises one of no other type for arrays that are damaged.
-    if type(e) is not Exception and not isinstance(e, (OSError, ValueError)):
+    # Orbax raises a KeyError for an item that is not there, and one of no other
+    # type for arrays that are damaged.
+    known = (OSError, ValueError, KeyError)
+    if type(e) is not Exception and not isinstance(e, known):
       raise
     raise CheckpointError(
       f"{where}: cannot be read ({' '.join(str(e).split())[:200]}); use "
