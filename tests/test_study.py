@@ -111,19 +111,21 @@ def test_a_small_study(tmp_path):
     path = folder / run / "evaluation" / f"{name}.json"
     result = json.loads(path.read_text())
     assert result["total"] > 100 and result["step"] == 2
-  # Nothing is done a second time; what is missing is.
+  # Nothing is done a second time. What is missing is, and a run that fails is
+  # named, with its log, while the others go on.
   times = {p: p.stat().st_mtime_ns for p in folder.glob("*/evaluation/*.json")}
   (folder / "full" / "evaluation" / "lower.json").unlink()
-  again = study_of(*arguments)
-  assert again.stdout.startswith("1 of 3 runs are to be done")
-  now = {p: p.stat().st_mtime_ns for p in folder.glob("*/evaluation/*.json")}
-  changed = [p.name for p in now if now[p] != times[p]]
-  assert now.keys() == times.keys() and changed == ["lower.json"]
-  # A run that fails is named, with its log, and the others go on.
   (folder / "blind" / "evaluation" / "blind.json").unlink()
-  (folder / "full" / "evaluation" / "lower.json").unlink()
   shutil.rmtree(folder / "blind" / "blind" / "checkpoints" / "2" / "params")
-  failed = study_of(*arguments)
-  assert failed.returncode == 1
-  assert "blind: exit status 2, see" in failed.stderr
-  assert (folder / "full" / "evaluation" / "lower.json").is_file()
+  again = study_of(*arguments)
+  assert again.returncode == 1
+  assert again.stdout.startswith("2 of 3 runs are to be done")
+  log = folder / "blind" / "log.txt"
+  assert f"grid2/seed0/blind: exit status 2, see {log}" in again.stderr
+  assert "checkpoints/2: cannot be read (" in log.read_text()
+  now = {p: p.stat().st_mtime_ns for p in folder.glob("*/evaluation/*.json")}
+  changed = {p.name for p in now if now[p] != times[p]}
+  assert times.keys() - now.keys() == {
+    folder / "blind" / "evaluation" / "blind.json"
+  }
+  assert changed == {"lower.json"}
