@@ -201,13 +201,8 @@ def result_name(
     CheckpointError: it cannot be used with this compressor.
     UserError: its tokens cannot be cut to so many.
   """
-  trained = loaded.config.model.compressor.name
-  if (trained, compressor) not in _RESULTS:
-    raise CheckpointError(
-      f"{loaded.path}: trained with compressor {trained!r}, which says nothing "
-      f"when used as {compressor!r}; leave --compressor out"
-    )
-  name, title = _RESULTS[trained, compressor]
+  _check_compressor(loaded, compressor)
+  name, title = _RESULTS[loaded.config.model.compressor.name, compressor]
   if layout := loaded.chosen_layout:
     name, title = f"{name}_{layout}", f"{title}, prompt layout {layout}"
   if int8:
@@ -275,17 +270,36 @@ def load(
     UserError: a size is too small, or `num_voco_tokens` not one it can have.
   """
   loaded = checkpoint.load(str(checkpoint_path), layout)
-  trained = loaded.config.model.compressor
-  name = compressor or trained.name
-  if (trained.name, name) not in _RESULTS:
-    raise CheckpointError(
-      f"{loaded.path}: trained with compressor {trained.name!r}, which says "
-      f"nothing when used as {name!r}; leave compressor out"
-    )
-  _check_num_voco_tokens(loaded, name, num_voco_tokens)
-  config = with_compressor(loaded.config, name, num_voco_tokens)
+  name = compressor or loaded.config.model.compressor.name
+  return make_engine(loaded, name, num_voco_tokens, **sizes)
+
+
+def make_engine(
+  loaded: checkpoint.Loaded,
+  compressor: str,
+  num_voco_tokens: int | None = None,
+  **sizes: int,
+) -> Engine:
+  """An engine with the weights of a checkpoint that was found before.
+
+  Raises:
+    CheckpointError: it cannot be used with this compressor.
+    UserError: as for `load`.
+  """
+  _check_compressor(loaded, compressor)
+  _check_num_voco_tokens(loaded, compressor, num_voco_tokens)
+  config = with_compressor(loaded.config, compressor, num_voco_tokens)
   model, params = load_model(loaded, config)
   return Engine(config, model, params, loaded.tokenizer, **sizes)
+
+
+def _check_compressor(loaded: checkpoint.Loaded, name: str) -> None:
+  trained = loaded.config.model.compressor.name
+  if (trained, name) not in _RESULTS:
+    raise CheckpointError(
+      f"{loaded.path}: trained with compressor {trained!r}, which says nothing "
+      f"when used as {name!r}; leave compressor out"
+    )
 
 
 def _check_num_voco_tokens(loaded, name: str, k: int | None) -> None:

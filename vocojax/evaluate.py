@@ -186,11 +186,10 @@ def _run_benchmark(
   )
   video = benchmark if isinstance(benchmark, VideoQa) else None
   slots = config.evaluation.batch_size * answers.SLOTS_PER_RECORD
-  engine = assemble.load(
-    loaded.path,
-    compressor=compressor,
-    num_voco_tokens=_NUM_VOCO_TOKENS.value,
-    layout=loaded.chosen_layout,
+  engine = assemble.make_engine(
+    loaded,
+    compressor,
+    _NUM_VOCO_TOKENS.value,
     slots=slots,
     max_images=config.data.max_images if video else 1,
     max_text_length=longest + limit,

@@ -154,3 +154,31 @@ def random_rows(
       left -= length
     rows.append((tuple(int(g) for g in slots), conversations))
   return rows
+
+
+def check_both_passes(build) -> None:
+  """Loss and every gradient of both passes, for rows of one to two images.
+
+  Args:
+    build: a model for each value of `config.model.attention`.
+  """
+  rng = np.random.default_rng(0)
+  vlm = build("two_stream")
+  rows = [((1, 2), [(1, 4), (2, 3)]), ((1, 0), [(1, 5), (0, 4)])]
+  arrays = jax.tree.map(jnp.asarray, batch(rng, vlm, rows, 10))
+  params = init(vlm)
+
+  def loss(params, vlm):
+    return loss_of(vlm.text_logits(params, arrays), arrays)[0]
+
+  (a, grads_a), (b, grads_b) = (
+    jax.value_and_grad(loss)(params, build(attention))
+    for attention in ("two_stream", "bias")
+  )
+  assert abs(a - b) <= 1e-5 * abs(b)
+  largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads_b))
+  for x, y in zip(
+    jax.tree.leaves(grads_a), jax.tree.leaves(grads_b), strict=True
+  ):
+    scale = max(float(jnp.abs(y).max()), 1e-2 * largest)
+    assert float(jnp.abs(x - y).max()) <= 1e-5 * scale

@@ -87,27 +87,7 @@ def test_stream(name, visible):
 
 @pytest.mark.parametrize("name", ["qformer", "blind"])
 def test_two_streams_equal_the_joint_pass(name):
-  rng = np.random.default_rng(0)
-  rows = [((1, 2), [(1, 4), (2, 3)]), ((1, 0), [(1, 5), (0, 4)])]
-  vlm = build(name)
-  batch = jax.tree.map(jnp.asarray, builders.batch(rng, vlm, rows, 10))
-  params = builders.init(vlm)
-
-  def loss(params, vlm):
-    logits = vlm.text_logits(params, batch)
-    return builders.loss_of(logits, batch)[0]
-
-  (a, grads_a), (b, grads_b) = (
-    jax.value_and_grad(loss)(params, build(name, attention=attention))
-    for attention in ("two_stream", "bias")
-  )
-  assert abs(a - b) <= 1e-5 * abs(b)
-  largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads_b))
-  for x, y in zip(
-    jax.tree.leaves(grads_a), jax.tree.leaves(grads_b), strict=True
-  ):
-    scale = max(float(jnp.abs(y).max()), 1e-2 * largest)
-    assert float(jnp.abs(x - y).max()) <= 1e-5 * scale
+  builders.check_both_passes(lambda attention: build(name, attention=attention))
 
 
 @pytest.mark.parametrize(
