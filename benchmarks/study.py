@@ -220,7 +220,8 @@ def perform_all(runs: list[Run]) -> list[str]:
     finally:
       cores.put(core)
 
-  with concurrent.futures.ThreadPoolExecutor(cores.qsize()) as pool:
+  pool = concurrent.futures.ThreadPoolExecutor(cores.qsize())
+  try:
     starts = [run for run in runs if not run.method]
     for group in (starts, [run for run in runs if run.method]):
       begun = {pool.submit(one, run): run for run in group}
@@ -231,7 +232,10 @@ def perform_all(runs: list[Run]) -> list[str]:
           failed.append(future.result())
       if failed:
         break
-  bar.close()
+  finally:
+    bar.close()
+    # After Ctrl-C, which the runs get as well, none is begun any more.
+    pool.shutdown(cancel_futures=True)
   return failed
 
 
@@ -269,7 +273,11 @@ def main() -> int:
     return 0
   for grid in args.grids:
     sources.grid_vqa(grid, "test")  # or all runs would write it at once
-  failed = perform_all(left)
+  try:
+    failed = perform_all(left)
+  except KeyboardInterrupt:
+    print("interrupted: the same command goes on from there", file=sys.stderr)
+    return 130
   for line in failed:
     print(f"error: {line}", file=sys.stderr)
   return 1 if failed else 0

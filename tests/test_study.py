@@ -6,8 +6,10 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -129,3 +131,31 @@ def test_a_small_study(tmp_path):
     folder / "blind" / "evaluation" / "blind.json"
   }
   assert changed == {"lower.json"}
+
+
+@pytest.mark.slow
+def test_ctrl_c_begins_no_other_run(tmp_path):
+  cores = len(os.sched_getaffinity(0))
+  seeds = [str(i) for i in range(cores + 1)]
+  arguments = [f"--out={tmp_path}", "--grids", "2", "--seeds", *seeds]
+  # What runs the tests may ignore Ctrl-C, and children would inherit that.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  process = subprocess.Popen(
+    [sys.executable, "-m", "benchmarks.study", *arguments],
+    cwd=runs.ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    start_new_session=True,
+  )
+  signal.signal(signal.SIGINT, before)
+  begun = tmp_path / "grid2"
+  while sum(bool(p.read_text()) for p in begun.glob("*/start/log.txt")) < cores:
+    assert process.poll() is None
+    time.sleep(0.2)  # until their progress bars are there
+  os.killpg(process.pid, signal.SIGINT)
+  _, err = process.communicate(timeout=100)
+  assert process.returncode == 130
+  assert err.decode().endswith(
+    "\ninterrupted: the same command goes on from there\n"
+  )
+  assert len(list(begun.iterdir())) == cores
