@@ -5,14 +5,25 @@
 For each grid and seed, `full` is trained with all that learns; from there each
 method goes on for as many steps on the same data with the vision tower frozen.
 Runs that have a result are skipped, and one that was stopped goes on from its
-checkpoint. `launch/reproduce_small.sh` installs what this needs. Read next:
-configs/gridvqa.py, ../vocojax/evals/tables.py, which makes the tables.
+checkpoint. `launch/reproduce_small.sh` installs what this needs. Learning rates
+are chosen on images that no table is of:
+
+  for rate in 0.01 0.02 0.04; do
+    python -m benchmarks.study --out=runs/rates/$rate --starts=runs/study \
+      --grids 2 --seeds 0 --only full voco_1 avgpool_1 qformer_1 \
+      --config.optimizer.learning_rate=$rate \
+      --config.evaluation.split=validation
+  done
+  python -m vocojax.report runs/rates
+
+Read next: configs/gridvqa.py, ../vocojax/evals/tables.py that makes the tables.
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
 import fnmatch
+import itertools
 import os
 import pathlib
 import queue
@@ -98,6 +109,7 @@ class Run:
   """One folder of results: a method, or the start of all, for a seed."""
 
   folder: pathlib.Path
+  start: pathlib.Path  # folder of the run that it goes on from, or is
   grid: int
   seed: int
   method: Method | None
@@ -111,7 +123,7 @@ class Run:
   def commands(self) -> list[tuple[list[str], pathlib.Path]]:
     """What is to be run, and the file that each leaves when it is done."""
     config = "gridvqa" if self.method else "gridvqa_start"
-    start = self.folder.parent / _START / "full"
+    start = self.start / "full"
     train = [
       "-m",
       "vocojax.train",
@@ -163,23 +175,28 @@ def plan(
   seeds: list[int],
   only: list[str],
   flags: Sequence[str] = (),
+  starts: pathlib.Path | None = None,
 ) -> list[Run]:
-  """All runs in the order in which they are best begun."""
+  """All runs in the order in which they are best begun.
+
+  Args:
+    out: folder of their folders.
+    grids: cells of a side.
+    seeds: of data and weights.
+    only: patterns of names of methods.
+    flags: of vocojax.train for all of them.
+    starts: where the starts of another study lie; None for `out`.
+  """
   methods = [
     m for m in METHODS if any(fnmatch.fnmatch(m.name, x) for x in only)
   ]
-  return [
-    Run(
-      out / f"grid{g}" / f"seed{s}" / (m.name if m else _START),
-      g,
-      s,
-      m,
-      tuple(flags),
-    )
-    for g in grids
-    for m in (None, *methods)
-    for s in seeds
-  ]
+  runs = []
+  for grid, method, seed in itertools.product(grids, (None, *methods), seeds):
+    parts = f"grid{grid}", f"seed{seed}"
+    start = (starts or out).joinpath(*parts, _START)
+    folder = out.joinpath(*parts, method.name) if method else start
+    runs.append(Run(folder, start, grid, seed, method, tuple(flags)))
+  return runs
 
 
 def perform(run: Run, core: int) -> str:
@@ -244,6 +261,11 @@ def main() -> int:
     description=__doc__.splitlines()[0], allow_abbrev=False
   )
   parser.add_argument("--out", type=pathlib.Path, required=True)
+  parser.add_argument(
+    "--starts",
+    type=pathlib.Path,
+    help="folder of a study whose starts are to be used",
+  )
   parser.add_argument("--grids", type=int, nargs="+", default=[2, 3])
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
   parser.add_argument(
@@ -254,11 +276,16 @@ def main() -> int:
   if foreign := [flag for flag in flags if not flag.startswith("--config.")]:
     parser.error(f"{foreign[0]}: unknown; --config.KEY=VALUE is for all runs")
   out = args.out.absolute()
-  runs = plan(out, args.grids, args.seeds, args.only, flags)
+  starts = (args.starts or out).absolute()
+  runs = plan(out, args.grids, args.seeds, args.only, flags, starts)
   if not any(run.method for run in runs):
     names = ", ".join(method.name for method in METHODS)
     parser.error(f"--only {' '.join(args.only)}: found none, expected {names}")
   left = [run for run in runs if not run.done]
+  begin = [run for run in left if not run.method]
+  if args.starts and begin:
+    # Not made here: the flags of these runs would be those of the start.
+    parser.error(f"--starts={args.starts}: {begin[0].name} is not done in it")
   cores = len(os.sched_getaffinity(0))
   hours = sum(run.seconds for run in left) / cores / 3600
   print(

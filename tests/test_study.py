@@ -93,6 +93,9 @@ def test_only_and_errors(tmp_path):
   wrong = study_of(out, "--only", "vocos")
   assert wrong.returncode == 2
   assert "--only vocos: found none, expected full, voco_1," in wrong.stderr
+  wrong = study_of(out, f"--starts={tmp_path / 'other'}")
+  assert wrong.returncode == 2
+  assert "/other: grid2/seed0/start is not done in it\n" in wrong.stderr
   wrong = study_of(out, "--seed=1")
   assert wrong.returncode == 2 and "--seed=1: unknown" in wrong.stderr
 
@@ -113,6 +116,15 @@ def test_a_small_study(tmp_path):
     path = folder / run / "evaluation" / f"{name}.json"
     result = json.loads(path.read_text())
     assert result["total"] > 100 and result["step"] == 2
+  # From the same start into another folder.
+  elsewhere = tmp_path / "elsewhere"
+  flags = [*arguments[1:6], "blind", *arguments[-3:]]
+  done = study_of(f"--out={elsewhere}", f"--starts={tmp_path}", *flags)
+  assert done.returncode == 0, done.stderr
+  [run] = (elsewhere / "grid2" / "seed0").iterdir()
+  assert run.name == "blind"
+  config = json.loads((run / "blind" / "config.json").read_text())
+  assert config["init_from"] == str(folder / "start" / "full")
   # Nothing is done a second time. What is missing is, and a run that fails is
   # named, with its log, while the others go on.
   times = {p: p.stat().st_mtime_ns for p in folder.glob("*/evaluation/*.json")}
