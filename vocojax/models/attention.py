@@ -159,24 +159,67 @@ def _attend_cpu_causal(query, key, value):
 def _attend_cpu(query, key, value, mask):
   """In plain products; XLA on CPU must not fuse transposes into them."""
   B, T, H, P = query.shape
-  S, G = key.shape[1:3]
+  G = key.shape[2]
   query = query * np.asarray(P**-0.5, query.dtype)
 
   def heads_first(x):  # [B, G, rows, P]
     x = x.reshape(B, -1, G, x.shape[2] // G, P).transpose(0, 2, 3, 1, 4)
     return jax.lax.optimization_barrier(x.reshape(B, G, -1, P))
 
-  query, key, value = heads_first(query), heads_first(key), heads_first(value)
+  out = _attend_rows(*map(heads_first, (query, key, value)), mask)
+  out = jax.lax.optimization_barrier(out)
+  return out.reshape(B, H, T, P).transpose(0, 2, 1, 3)
+
+
+@jax.custom_vjp
+def _attend_rows(query, key, value, mask):
+  """Attention of scaled queries [B, G, M, P] to keys [B, G, S, P].
+
+  The M rows of a key/value head are those of its queries' heads, each of T.
+  What jax.grad makes of the forward pass takes XLA on CPU three times as long
+  as the backward pass written out below: it computes weights again in products
+  that read them, and products of transposed weights are slow.
+  """
+  return _attend_rows_forward(query, key, value, mask)[0]
+
+
+def _attend_rows_forward(query, key, value, mask):
   scores = jnp.einsum(
     "bgmp,bgsp->bgms", query, key, preferred_element_type=jnp.float32
   )
   if mask is not None:
+    B, G, _, S = scores.shape
     bias = bias_from_mask(mask)[:, None, None]
-    scores = (scores.reshape(B, G, H // G, T, S) + bias).reshape(scores.shape)
-  weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    scores = (scores.reshape(B, G, -1, mask.shape[1], S) + bias).reshape(
+      scores.shape
+    )
+  weights = jax.nn.softmax(scores, axis=-1)
+  weights = jax.lax.optimization_barrier(weights.astype(value.dtype))
   out = jnp.einsum("bgms,bgsp->bgmp", weights, value)
-  out = jax.lax.optimization_barrier(out)
-  return out.reshape(B, H, T, P).transpose(0, 2, 1, 3)
+  return out, (query, key, value, weights, out)
+
+
+def _attend_rows_backward(kept, grad):
+  query, key, value, weights, out = kept
+  products = jnp.einsum(
+    "bgmp,bgsp->bgms", grad, value, preferred_element_type=jnp.float32
+  )
+  mean = jnp.sum(grad * out, axis=-1, keepdims=True, dtype=jnp.float32)
+  scores = (weights * (products - mean)).astype(query.dtype)
+  scores = jax.lax.optimization_barrier(scores)
+  # [B, G, P, S]: products that read weights and scores as they lie.
+  keys = jnp.einsum("bgmp,bgms->bgps", query, scores)
+  values = jnp.einsum("bgmp,bgms->bgps", grad, weights)
+  keys, values = jax.lax.optimization_barrier((keys, values))
+  return (
+    jnp.einsum("bgms,bgsp->bgmp", scores, key),
+    keys.swapaxes(2, 3),
+    values.swapaxes(2, 3),
+    None,
+  )
+
+
+_attend_rows.defvjp(_attend_rows_forward, _attend_rows_backward)
 
 
 def attend_cached(
