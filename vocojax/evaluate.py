@@ -225,7 +225,8 @@ def _run_benchmark(
     return
   files = benchmark.write_submission(predictions, out)
   scores = list(benchmark.score(predictions))
-  settings["judge"] = video.judged if video else None
+  judged = video.judged if video else None
+  settings["judge"] = judged
   result = write_result(
     out / "result.json",
     benchmark,
@@ -243,7 +244,11 @@ def _run_benchmark(
   score = "answered"
   if benchmark.headline:
     score = f"{benchmark.headline} {result['value']:.2f}"
+  if video:
+    title += f", at most {config.data.max_images} frames of a video"
   print(f"{benchmark.name}: {score}, {len(questions):,} questions, {title}")
+  if judged and judged["without_verdict"]:
+    print(f"wrong for lack of a verdict: {judged['without_verdict']:,}")
   if files:
     print(f"to hand in: {', '.join(map(str, files))}")
   print(f"result: {out / 'result.json'}")

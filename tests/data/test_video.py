@@ -1,6 +1,7 @@
 """Frames of real video files, known by their greys; see videos.py."""
 
 import fractions
+import re
 import sys
 
 import numpy as np
@@ -86,6 +87,20 @@ def test_errors_name_file_and_remedy(tmp_path):
     with pytest.raises(DataError, match=words) as e:
       video.read_frames(path, 4, SIZE, True)
     assert "\n" not in str(e.value)
+
+
+def test_damaged_packets_are_left_out(tmp_path, caplog):
+  path = tmp_path / "a.avi"
+  videos.write(path, 40, fps=5)
+  content = bytearray(path.read_bytes())
+  # Four of the chunks of pictures hold none.
+  starts = [m.start() for m in re.finditer(b"00dc", content)][20:24]
+  for start in starts:
+    content[start + 8 : start + 72] = b"\xff" * 64
+  path.write_bytes(content)
+  frames = video.read_frames(path, 100, SIZE, pad_to_square=True)
+  assert indices(frames)[:3] == [0, 5, 10]
+  assert len(frames) == 8 and "a.avi: left out 4 damaged" in caplog.text
 
 
 def test_without_pyav(tmp_path, monkeypatch):

@@ -7,8 +7,10 @@ second rounded to a whole number.
 
 import os
 import types
+from collections.abc import Iterator
 
 import numpy as np
+from absl import logging
 from jaxtyping import UInt8
 
 from vocojax.data import images
@@ -40,8 +42,9 @@ def read_frames(
         )
       stream = container.streams.video[0]
       stream.thread_type = "AUTO"
-      step = max(1, round(stream.average_rate or 1))
-      for index, frame in enumerate(container.decode(stream)):
+      rate = stream.average_rate or stream.guessed_rate or 1
+      step = max(1, round(rate))
+      for index, frame in enumerate(_decode(av, container, stream)):
         if index % step == 0:
           image = frame.to_image()
           frames.append(images.preprocess(image, size, pad_to_square))
@@ -55,6 +58,18 @@ def read_frames(
       f"{path}: found no frame in it, expected a video; replace the file"
     )
   return np.stack([frames[i] for i in _spread(len(frames), max_frames)])
+
+
+def _decode(av: types.ModuleType, container, stream) -> Iterator:
+  """The frames of a stream without its damaged packets, which are logged."""
+  damaged = 0
+  for packet in container.demux(stream):
+    try:
+      yield from packet.decode()
+    except av.error.InvalidDataError:
+      damaged += 1
+  if damaged:
+    logging.warning("%s: left out %d damaged packets", container.name, damaged)
 
 
 def _spread(found: int, most: int) -> list[int]:

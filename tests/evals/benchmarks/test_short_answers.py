@@ -42,7 +42,7 @@ def gqa_folder(folder):
       "202": truth("left", "choose", "rel"),
       "203": truth("t-shirt", "query", "obj"),
       "204": truth("fire hydrant", "query", "rel"),
-      "999": truth("not asked", "query", "rel"),
+      "999": truth("not asked", "query", "rel") | {"isBalanced": False},
     },
   )
   folder.images("data/images/n1.jpg")
@@ -122,9 +122,13 @@ def test_gqa_names_what_is_wrong_with_its_files(folder):
     path.write_text(good + line)
     with pytest.raises(DataError, match=rf"balanced.jsonl:5: .*{words}"):
       Gqa(folder.path)
-  path.write_text("")
-  with pytest.raises(DataError, match="is empty"):
+  path.write_text(good[: good.index("\n") + 1])
+  with pytest.raises(DataError, match=r"lacks question '20[1-4]' of .*all"):
     Gqa(folder.path)
+  for nothing in ("", "\n \n"):
+    path.write_text(nothing)
+    with pytest.raises(DataError, match="is empty"):
+      Gqa(folder.path)
   path.write_text(good)
   folder.text("data/testdev_balanced_questions.json", "[]")
   with pytest.raises(DataError, match="found a JSON list, expected a dict"):

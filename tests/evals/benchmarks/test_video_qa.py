@@ -25,7 +25,8 @@ from vocojax.evals.benchmarks.judge import (
 class Stub:
   """Replies to the n-th call about an answer with the n-th line of its script.
 
-  A line is the judge's reply, an HTTP status, or bytes to send as they are.
+  A line is the judge's reply, an HTTP status, bytes to send as they are, or
+  both.
   """
 
   def __init__(self, script):
@@ -81,6 +82,8 @@ class Stub:
       lines = self.script[said]
       count = sum(earlier == said for earlier, _ in self.requests)
       line = lines[min(count, len(lines)) - 1]
+    if isinstance(line, tuple):
+      return line
     if isinstance(line, int):
       return line, b"scripted"
     if isinstance(line, bytes):
@@ -127,7 +130,20 @@ def case(said):
     ("{'pred': 'yes', 'score': nan}", None),
     ("{'pred': 'yes', 'score': 'nan'}", None),
     ("{'pred': 'maybe', 'score': 3}", None),
-    ("{'pred': True, 'score': 3}", None),
+    ("{'pred': True, 'score': 3}", (True, 3)),
+    ('{"pred": false, "score": 3}', (False, 3)),
+    ("{'pred': 'Yes.', 'score': 5}", (True, 5)),
+    ("{'pred': 'no, a cat', 'score': 1}", (False, 1)),
+    ("{'pred': 'nothing', 'score': 1}", None),
+    ("{'pred': 'no', 'score': 0} Note: {'yes'}", (False, 0)),
+    ("{'pred': 'yes', 'score': 5} or {'pred': 'no', 'score': 1}", (False, 1)),
+    ("<think>{'pred': 'yes', 'score': 5}? But", None),
+    ("<think>{'pred': 'yes', 'score': 5}?</think>\nI pass", None),
+    (
+      "<think>as {'pred': 'yes', 'score': 5}</think>{'pred': 'no', 'score': 1}",
+      (False, 1),
+    ),
+    ("{'pred': 'yes', 'score': 1" + "0" * 400 + "}", None),
     ("{'pred': 'yes'}", None),
     ("{'pred': 'yes', 'score': None}", None),
     ("{'pred': 'yes', 'score': [3]}", None),
@@ -224,12 +240,16 @@ def test_second_run_calls_nobody(serve, tmp_path):
   assert second.verdicts(cases) == verdicts
   assert (second.calls, second.cached) == (0, 2) and len(stub.requests) == 2
   # What has no verdict is not kept; it is asked again.
-  assert second.verdicts([case("never")]) == [None]
+  assert second.verdicts([case("never"), cases[0]]) == [None, verdicts[0]]
   assert second.calls == second.malformed == 3
   # Another judge has its own verdicts.
   other = Judge(Server(stub.url, "stub-2"), tmp_path / "j.jsonl")
   other.verdicts([case("right")])
   assert other.calls == 1
+  # And the same name elsewhere is another judge.
+  elsewhere = serve({"right": [NO]})
+  judge = make_judge(elsewhere, tmp_path)
+  assert not judge.verdicts([case("right")])[0].right and judge.calls == 1
 
 
 def test_crash_loses_one_verdict_at_most(serve, tmp_path):
@@ -258,6 +278,44 @@ def test_server_that_refuses_is_asked_once(serve, tmp_path):
   assert judge.calls == 2
   again = make_judge(stub, tmp_path)
   assert again.verdicts([case("one")])[0].right and again.calls == 0
+
+
+def test_refusing_one_answer_does_not_end_the_judging(serve, tmp_path):
+  filtered = (400, b'{"error": {"message": "content\n filter"}}')
+  stub = serve({"bad": [filtered], "long": [413], "fine": [YES]})
+  judge = make_judge(stub, tmp_path, concurrency=1)
+  cases = [case("bad"), case("long"), case("fine")]
+  found = judge.verdicts(cases)
+  assert found[:2] == [None, None] and found[2].right
+  assert (judge.calls, judge.refused, judge.retries) == (3, 2, 0)
+  assert judge.describe(found)["without_verdict"] == 2
+  # With no verdict at all there is no score, and the message says why.
+  words = r'judge stub-1 .*: no verdict, .*HTTP 400 .*"content filter"'
+  with pytest.raises(JudgeError, match=words):
+    make_judge(stub, tmp_path).verdicts(cases[:1])
+  stub.script["?"] = ["I cannot say"]
+  with pytest.raises(JudgeError, match=r"no verdict, .* 'I cannot say'"):
+    make_judge(stub, tmp_path).verdicts([case("?")])
+
+
+def test_a_server_that_refuses_all_is_not_asked_for_ever(serve, tmp_path):
+  names = [f"answer {i}" for i in range(50)]
+  stub = serve({name: [422] for name in names})
+  judge = make_judge(stub, tmp_path)
+  with pytest.raises(JudgeError, match="HTTP 422"):
+    judge.verdicts([case(name) for name in names])
+  assert 10 <= judge.calls < 20
+
+
+def test_a_judge_that_takes_no_temperature(serve, tmp_path):
+  fixed = (400, b'{"error": {"message": "temperature does not support 0"}}')
+  stub = serve({"one": [fixed, "?", YES], "two": [NO]})
+  judge = make_judge(stub, tmp_path, concurrency=1)
+  found = judge.verdicts([case("one"), case("two")])
+  assert [v.right for v in found] == [True, False]
+  sent = [body.get("temperature") for _, body in stub.requests]
+  assert sent == [0, None, None, None]
+  assert judge.describe(found)["temperatures"] is None
 
 
 def test_judge_needs_a_url(tmp_path):

@@ -189,7 +189,7 @@ def test_mme_points(folder, tmp_path):
   predictions["existence/1.jpg#2"] = "I think no"
   # Both of one OCR image wrong: 50 and 50.
   predictions["OCR/0.jpg#1"] = "maybe"
-  predictions["OCR/0.jpg#2"] = "No\tway\nout"
+  predictions["OCR/0.jpg#2"] = "No\tway\r\nout"
   # One of each image wrong: 50 and 0.
   predictions["code_reasoning/0.jpg#1"] = "yes"
   predictions["code_reasoning/1.jpg#2"] = "no"

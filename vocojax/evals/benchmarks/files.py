@@ -65,7 +65,7 @@ def read_jsonl(
     DataError: a line is no JSON object or lacks one of the fields, or there
       is no line.
   """
-  fields, number = tuple(fields), 0
+  fields, found = tuple(fields), False
   with path.open(encoding="utf-8") as lines:
     for number, line in enumerate(lines, 1):
       if not line.strip():
@@ -75,8 +75,9 @@ def read_jsonl(
         entry = json.loads(line)
       except json.JSONDecodeError as e:
         raise DataError(f"{where}: not JSON ({e}); {origin}") from e
+      found = True
       yield where, with_fields(where, entry, fields, origin)
-  if not number:
+  if not found:
     raise DataError(f"{path}: is empty; {origin}")
 
 

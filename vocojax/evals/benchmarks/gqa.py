@@ -61,6 +61,12 @@ class Gqa:
         f"{known} question {id_}", truths[id_], ("answer", "types"), _GQA
       )
       add_unique(self._questions, id_, (line, truth), where)
+    for id_, truth in truths.items():
+      if truth.get("isBalanced", True) and id_ not in self._questions:
+        raise DataError(
+          f"{asked}: lacks question {id_!r} of {known}, expected all that are "
+          f"balanced; {LLAVA_EVAL}"
+        )
 
   def questions(self) -> Iterator[Question]:
     for id_, (line, truth) in self._questions.items():

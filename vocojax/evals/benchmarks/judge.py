@@ -17,6 +17,7 @@ import http.client
 import json
 import os
 import pathlib
+import re
 import sys
 import threading
 import time
@@ -50,6 +51,10 @@ _PASSING = (408, 409, 425, 429)
 # come again.
 _TEMPERATURES = (0.0, 1.0)
 _LONGEST_WAIT = 60.0  # seconds between two attempts
+# Statuses by which a server refuses one request, such as a content filter, and
+# how many before the first verdict mean that it refuses all.
+_REFUSALS = (400, 413, 422)
+_MOST_REFUSED = 10
 
 
 class JudgeError(UserError):
@@ -88,8 +93,8 @@ class Server:
   url: str
   model: str
   api_key: str = dataclasses.field(default="", repr=False)
-  attempts: int = 6
-  timeout: float = 60.0
+  attempts: int = 8
+  timeout: float = 300.0
   first_wait: float = 1.0
   concurrency: int = 8
 
@@ -102,6 +107,7 @@ class Judge:
     cached: verdicts found on disk.
     retries: calls that failed and were repeated.
     malformed: replies that are no verdict.
+    refused: answers that the server would not judge.
   """
 
   def __init__(self, server: Server, cache: pathlib.Path):
@@ -119,7 +125,10 @@ class Judge:
     self._cache = cache
     self._lock = threading.Lock()
     self._verdicts: dict[str, Verdict] = {}
+    self._temperatures: tuple[float, ...] | None = _TEMPERATURES
+    self._complaint = ""  # the last reply that could not be used
     self.calls = self.cached = self.retries = self.malformed = 0
+    self.refused = 0
     if cache.exists():
       self._read_cache()
 
@@ -146,11 +155,11 @@ class Judge:
     """One verdict for each (question, truth, prediction).
 
     None is for an answer on which the judge said nothing that can be read, as
-    often as it was asked.
+    often as it was asked, or which the server would not judge.
 
     Raises:
-      JudgeError: the server refuses, or fails too often. What was judged until
-        then is kept.
+      JudgeError: the server refuses, fails too often, or gave no verdict on any
+        answer. What was judged until then is kept.
     """
     keys = [self._key(case) for case in cases]
     new = {
@@ -172,7 +181,10 @@ class Judge:
         future.result()
     finally:
       pool.shutdown(cancel_futures=True)
-    return [self._verdicts.get(key) for key in keys]
+    found = [self._verdicts.get(key) for key in keys]
+    if keys and not any(found):
+      raise self._error(f"no verdict, the last reply was {self._complaint!r}")
+    return found
 
   def describe(self, verdicts: Sequence[Verdict | None]) -> dict[str, Any]:
     """Who judged and when, and how it went, for the result."""
@@ -181,29 +193,46 @@ class Judge:
       "model": self._server.model,
       "url": self._server.url,
       "prompt": {"system": _SYSTEM, "user": _USER},
-      "temperatures": _TEMPERATURES,
+      "temperatures": self._temperatures,
       "first_verdict": dates[0] if dates else None,
       "last_verdict": dates[-1] if dates else None,
       "calls": self.calls,
       "cached": self.cached,
       "retries": self.retries,
       "malformed": self.malformed,
+      "refused": self.refused,
       "without_verdict": list(verdicts).count(None),
     }
 
   def _key(self, case: tuple[str, str, str]) -> str:
-    asked = [self._server.model, _messages(case)]
+    # The same name at another server may be another model.
+    asked = [self._server.url, self._server.model, _messages(case)]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
   def _judge(self, key: str, case: tuple[str, str, str]) -> None:
     for attempt in range(self._server.attempts):
-      reply = self._ask(case, _TEMPERATURES[min(attempt, 1)])
+      try:
+        reply = self._ask(case, min(attempt, 1))
+      except _Refused as e:
+        with self._lock:
+          self.refused += 1
+          self._complaint = str(e)
+          if self.refused >= _MOST_REFUSED and not self._verdicts:
+            raise self._error(str(e)) from e
+        return
       found = parse_verdict(reply)
       if found:
         self._keep(key, Verdict(*found, _today()), reply)
         return
       with self._lock:
         self.malformed += 1
+        self._complaint = reply[:200]
+
+  def _error(self, reason: str) -> JudgeError:
+    return JudgeError(
+      f"judge {self._server.model} at {self._server.url}: {reason}; check URL, "
+      f"model and key and run again, verdicts so far are in {self._cache}"
+    )
 
   def _keep(self, key: str, verdict: Verdict, reply: str) -> None:
     entry = {"key": key, "model": self._server.model, "reply": reply}
@@ -214,27 +243,32 @@ class Judge:
       with self._cache.open("a", encoding="utf-8") as file:
         file.write(line)
 
-  def _ask(self, case: tuple[str, str, str], temperature: float) -> str:
-    """The judge's reply; waits and repeats where that may help."""
+  def _ask(self, case: tuple[str, str, str], further: int) -> str:
+    """The judge's reply to the first (0) or a further (1) question for it.
+
+    Waits and repeats where that may help.
+    """
     wait = self._server.first_wait
     for attempt in range(1, self._server.attempts + 1):
       with self._lock:
         self.calls += 1
       try:
-        return self._call(case, temperature)
+        return self._call(case, further)
       except urllib.error.HTTPError as e:
-        reason = f"HTTP {e.code} {e.reason}"
+        said = " ".join(e.read(1000).decode(errors="replace").split())
+        e.close()
+        reason = f"HTTP {e.code} {e.reason} {said[:200]}".rstrip()
         passing = e.code in _PASSING or e.code >= 500
         after = e.headers.get("Retry-After", "")
-        e.close()
+        if e.code == 400 and "temperature" in said and self._temperatures:
+          # Some judges have only their own.
+          self._temperatures, passing, after = None, True, ""
+        elif e.code in _REFUSALS:
+          raise _Refused(reason) from e
       except (OSError, http.client.HTTPException, _NoReply) as e:
         reason, passing, after = str(e) or type(e).__name__, True, ""
       if not passing or attempt == self._server.attempts:
-        raise JudgeError(
-          f"judge {self._server.model} at {self._server.url}: {reason} in "
-          f"attempt {attempt}; check URL, model and key and run again, "
-          f"verdicts so far are in {self._cache}"
-        )
+        raise self._error(f"{reason} in attempt {attempt}")
       with self._lock:
         self.retries += 1
       asked_for = float(after) if after.isdecimal() else 0.0
@@ -242,12 +276,13 @@ class Judge:
       wait *= 2
     raise AssertionError("unreachable")
 
-  def _call(self, case: tuple[str, str, str], temperature: float) -> str:
-    body = {
+  def _call(self, case: tuple[str, str, str], further: int) -> str:
+    body: dict[str, Any] = {
       "model": self._server.model,
       "messages": _messages(case),
-      "temperature": temperature,
     }
+    if self._temperatures:
+      body["temperature"] = self._temperatures[further]
     headers = {"Content-Type": "application/json"}
     if self._server.api_key:
       headers["Authorization"] = f"Bearer {self._server.api_key}"
@@ -269,23 +304,43 @@ class _NoReply(Exception):
   """The server sent something else than a chat completion."""
 
 
+class _Refused(Exception):
+  """The server would not take this request."""
+
+
 def parse_verdict(reply: str) -> tuple[bool, int] | None:
   """Whether the answer is right, and its score; None for no verdict.
 
-  A verdict is a dictionary literal with 'pred', yes or no, and 'score', 0 to 5,
-  whose fraction is dropped as Video-ChatGPT drops it. Words around it, which
-  there would be asked again, are overlooked.
+  A verdict is a dictionary literal with 'pred', which begins with yes or no,
+  and 'score', 0 to 5, whose fraction is dropped as Video-ChatGPT drops it.
+  Words around it, which there would be asked again, are overlooked, and so is
+  what a judge thinks aloud; of several the last counts.
   """
-  literal = reply[reply.find("{") : reply.rfind("}") + 1]
+  said = reply.rpartition("</think>")[2]
+  if "<think>" in said:  # and never came to an end
+    return None
+  for literal in reversed(re.findall(r"\{[^{}]*\}", said)):
+    if found := _parse_literal(literal):
+      return found
+  return None
+
+
+def _parse_literal(literal: str) -> tuple[bool, int] | None:
   try:
-    found = ast.literal_eval(literal)
-    right = {"yes": True, "no": False}[found["pred"].strip().lower()]
+    found = json.loads(literal)
+  except ValueError:
+    try:
+      found = ast.literal_eval(literal)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+      return None
+  try:
+    first = re.match(r"\W*(yes|no|true|false)\b", str(found["pred"]).lower())
     score = float(found["score"])
-  except (ValueError, SyntaxError, LookupError, TypeError, AttributeError):
+  except (ValueError, LookupError, TypeError, OverflowError):
     return None
-  except (MemoryError, RecursionError):  # thousands of brackets
+  if not first or not 0 <= score <= 5:
     return None
-  return (right, int(score)) if 0 <= score <= 5 else None
+  return first[1] in ("yes", "true"), int(score)
 
 
 def _messages(case: tuple[str, str, str]) -> list[dict[str, str]]:

@@ -133,13 +133,13 @@ class Mme:
   ) -> list[pathlib.Path]:
     """Writes what the official calculation.py reads: SUBTASK.txt each.
 
-    A line is file, question, answer and prediction; tabs and newlines in a
-    prediction would break it and become spaces.
+    A line is file, question, answer and prediction; white space in a
+    prediction, which could break it, becomes single spaces.
     """
     texts = collections.defaultdict(list)
     for (subtask, file), pair in self._images.items():
       for id_, line in pair.items():
-        said = " ".join(predictions[id_].replace("\t", "\n").split("\n"))
+        said = " ".join(predictions[id_].split())
         cells = (file, line["question"], line["answer"], said)
         texts[subtask].append("\t".join(cells) + "\n")
     paths = []

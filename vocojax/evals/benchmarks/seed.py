@@ -70,7 +70,11 @@ class SeedBench:
       add_unique(self._questions, id_, (lines[id_], truth), where)
     if len(lines) > len(self._questions):
       foreign = next(id_ for id_ in lines if id_ not in self._questions)
-      raise DataError(f"{known}: no question {foreign!r} of {asked}; {_SEED}")
+      raise DataError(
+        f"{known}: found {len(self._questions):,} questions, but not "
+        f"{foreign!r} of the {len(lines):,} in {asked}, made for the first "
+        f"release (19,242 questions, in the history of the data set); {_SEED}"
+      )
 
   def questions(self) -> Iterator[Question]:
     for id_, (line, truth) in self._questions.items():
