@@ -129,7 +129,7 @@ class Run:
       "vocojax.train",
       f"--config=configs/{config}.py",
       f"--workdir={self.folder}",
-      f"--config.seed={self.seed}",
+      f"--config.seed={self.seed if self.method else 1000 + self.seed}",
       f"--config.data.grid_size={self.grid}",
     ]
     results = self.folder / "evaluation"

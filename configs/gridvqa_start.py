@@ -10,7 +10,8 @@ from configs import gridvqa
 
 def get_config():
   c = gridvqa.get_config()
+  c.seed = 1000  # a method must not see the first batches a second time
   c.model.compressor.name = "full"
-  c.optimizer.freeze = ()
+  c.optimizer.update(freeze=(), learning_rate=0.02)
   c.training.update(steps=800, evaluate=False)
   return c

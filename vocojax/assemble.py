@@ -129,7 +129,7 @@ def evaluate(
   loaded: checkpoint.Loaded,
   workdir: pathlib.Path,
   compressor: str,
-  command: str,
+  made_by: dict,
   int8: bool = False,
   num_voco_tokens: int | None = None,
   adaptive: bool = False,
@@ -144,7 +144,7 @@ def evaluate(
     workdir: the result goes to its folder `evaluation`.
     compressor: what text sees of the image; with another one than the
       checkpoint was trained with, a bound.
-    command: what was typed, for the provenance.
+    made_by: the `provenance` of the program when it began.
     int8: answer from caches of 8-bit numbers.
     num_voco_tokens: answer from the first so many tokens of each image.
     adaptive: answer each question from as few of them as will do.
@@ -176,7 +176,7 @@ def evaluate(
     found,
     config,
     loaded.path,
-    provenance(command),
+    made_by,
   )
   seen = len(model.stream.visible)
   tokens = f"{seen} token{'s' if seen > 1 else ''}"
@@ -319,10 +319,14 @@ def _check_num_voco_tokens(loaded, name: str, k: int | None) -> None:
 
 
 def provenance(command: str) -> dict:
-  """Where a figure comes from: command, commit, versions, hardware."""
+  """Where a figure comes from: command, commit, versions, hardware.
+
+  Of a program that runs for long it is taken when it begins. A commit with
+  changes on top of it ends in '-dirty'.
+  """
   try:
     commit = subprocess.run(
-      ["git", "rev-parse", "HEAD"],
+      "git describe --always --dirty --abbrev=40 --exclude=*".split(),
       cwd=pathlib.Path(__file__).parent,
       capture_output=True,
       text=True,

@@ -122,6 +122,7 @@ def main() -> None:
 
 
 def _run() -> None:
+  made_by = assemble.provenance(assemble.command_line("vocojax.evaluate"))
   loaded = checkpoint.load(_CHECKPOINT.value, _LAYOUT.value or "")
   if _BATCH_SIZE.value:
     evaluation = dataclasses.replace(
@@ -137,7 +138,7 @@ def _run() -> None:
         "--adaptive: has no effect with --benchmark; leave one of them out"
       )
     benchmark, data = _open_benchmark(_BENCHMARK.value, workdir / "benchmarks")
-    _run_benchmark(loaded, benchmark, data, compressor)
+    _run_benchmark(loaded, benchmark, data, compressor, made_by)
     return
   for flag in (_DATA, _OUT, _JUDGE_URL, _JUDGE_MODEL, _JUDGE_CACHE):
     if flag.value is not None:
@@ -145,12 +146,11 @@ def _run() -> None:
         f"--{flag.name}={flag.value}: has no effect without --benchmark; give "
         "both or none"
       )
-  command = assemble.command_line("vocojax.evaluate")
   assemble.evaluate(
     loaded,
     workdir,
     compressor,
-    command,
+    made_by,
     _INT8.value,
     _NUM_VOCO_TOKENS.value,
     _ADAPTIVE.value,
@@ -166,6 +166,7 @@ def _run_benchmark(
   benchmark: Benchmark,
   data: pathlib.Path,
   compressor: str,
+  made_by: dict,
 ) -> None:
   """Answers a benchmark, scores it and prints the result in one line.
 
@@ -238,7 +239,7 @@ def _run_benchmark(
       engine.origin.layout,
       str(data),
       settings,
-      assemble.provenance(assemble.command_line("vocojax.evaluate")),
+      made_by,
     ),
   )
   score = "answered"

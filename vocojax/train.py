@@ -44,6 +44,7 @@ def main() -> int:
 
 def _run(plan: tuple[Config, ...]) -> int:
   """All phases and the evaluation; the exit status."""
+  made_by = assemble.provenance(assemble.command_line("vocojax.train"))
   workdir = assemble.make_workdir(_WORKDIR.value)
   distributed.check_shared(workdir)
   if plan[-1].training.evaluate:
@@ -61,7 +62,7 @@ def _run(plan: tuple[Config, ...]) -> int:
       return STOPPED
     before = str(workdir / config.name)
   if plan[-1].training.evaluate:
-    _evaluate(plan, workdir)
+    _evaluate(plan, workdir, made_by)
   return 0
 
 
@@ -82,17 +83,18 @@ def _train(config: Config, workdir: pathlib.Path) -> None:
     (phase.folder / "config.json").write_text(config.to_json())
 
 
-def _evaluate(plan: tuple[Config, ...], workdir: pathlib.Path) -> None:
+def _evaluate(
+  plan: tuple[Config, ...], workdir: pathlib.Path, made_by: dict
+) -> None:
   """The last phase and, if asked for, the bounds from the `full` phase."""
   distributed.ignore_preemption()
-  command = assemble.command_line("vocojax.train")
   runs = [(plan[-1], plan[-1].model.compressor.name)]
   if plan[-1].evaluation.bounds:
     full = [c for c in plan if c.model.compressor.name == "full"]
     runs += [(full[-1], "full"), (full[-1], "voco")] if full else []
   for config, compressor in runs:
     loaded = checkpoint.load(str(workdir / config.name))
-    assemble.evaluate(loaded, workdir, compressor, command)
+    assemble.evaluate(loaded, workdir, compressor, made_by)
   if plan[-1].model.compressor.name == "voco" and jax.process_index() == 0:
     print(f"report: {write_report(workdir)}")
 
