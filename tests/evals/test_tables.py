@@ -197,15 +197,44 @@ def test_a_useless_upper_bound_is_named(tmp_path):
   assert cells[1:3] == ["90.0<br>upper bound not above lower", "-"]
 
 
-def test_own_bounds_before_others_of_the_seed(tmp_path):
-  write_seeds(tmp_path, [(0.5, 0.9, 1.0)])
-  results.bounds(tmp_path / "another", 0.1, 0.95)
+def test_the_nearest_bounds_of_the_seed(tmp_path):
+  write_seeds(tmp_path / "near", [(0.5, 0.9, 1.0)])
+  results.bounds(tmp_path / "far" / "full", 0.1, 0.95)
   values = results.config("avgpool", "avgpool")
-  results.evaluation(tmp_path / "pool", values, "avgpool", 0.8)
+  results.evaluation(tmp_path / "far" / "pool", values, "avgpool", 0.8)
   text = made(tmp_path)
   assert row(text, "Table 1", "VoCo-1")[1] == "90.0<br>80.0 %"
-  # Between the means of both: 30 and 97.5.
-  assert row(text, "Table 1", "avg-pool-1")[1] == "80.0<br>74.1 %"
+  # 70 of 85.
+  assert row(text, "Table 1", "avg-pool-1")[1] == "80.0<br>82.4 %"
+  # As near to one as to the other, with other scores; then with the same.
+  values = results.config("qformer", "qformer")
+  results.evaluation(tmp_path / "elsewhere", values, "qformer", 0.6)
+  text = made(tmp_path)
+  cells = row(text, "Table 1", "Q-Former-1")
+  assert cells[1:3] == ["60.0<br>several bounds", "-"]
+  assert "'several bounds' lie as near" in section(text, "Table 1")
+  results.bounds(tmp_path / "far" / "full", 0.5, 1.0)
+  cells = row(made(tmp_path), "Table 1", "Q-Former-1")
+  assert cells[1] == "60.0<br>20.0 %"
+
+
+def test_rates_are_between_their_own_bounds(tmp_path):
+  """As `vocojax.report runs/rates` finds them, see benchmarks/study.py."""
+  for rate, scores in (
+    (0.01, (0.2, 0.6, 0.7)),
+    (0.02, (0.3, 0.7, 0.8)),
+    (0.04, (0.1, 0.5, 0.6)),
+  ):
+    lower, middle, upper = scores
+    folder = tmp_path / str(rate) / "seed0"
+    change = {"optimizer__learning_rate": rate}
+    results.bounds(folder / "full", lower, upper, **change)
+    values = results.config("voco", "voco", **change)
+    results.evaluation(folder / "voco_1", values, "voco", middle)
+  text = made(tmp_path)
+  for rate in (0.01, 0.02, 0.04):
+    label = f"VoCo-1, voco.optimizer.learning_rate={rate}"
+    assert row(text, "Table 1", label)[1].endswith("<br>80.0 %")
 
 
 def test_average_says_of_how_many(tmp_path):
@@ -238,6 +267,58 @@ def test_other_settings_are_other_rows(tmp_path):
   found = rows(made(tmp_path), "Table 1")
   assert found["VoCo-1, voco.training.steps=100"][0][1].startswith("80.0<br>")
   assert found["VoCo-1, voco.training.steps=300"][0][1].startswith("90.0<br>")
+
+
+def test_what_most_have_is_not_named(tmp_path):
+  """One row that differs leaves the names of the others as they are."""
+  frozen, free = ["^vision/"], []
+  for seed in (0, 1):
+    folder = tmp_path / f"seed{seed}"
+    results.bounds(folder / "full", 0.5, 1.0, seed, optimizer__freeze=frozen)
+    for name, freeze, k in (
+      ("voco_1", frozen, 1),
+      ("voco_1_free", free, 1),
+      ("voco_2", frozen, 2),
+    ):
+      values = results.config("voco", "voco", seed, k, optimizer__freeze=freeze)
+      results.evaluation(folder / name, values, "voco", 0.8)
+      # Another column has only one of them.
+      if name == "voco_1":
+        results.benchmark(folder / name, values, "gqa", {"accuracy": 50.0})
+  text = made(tmp_path)
+  found = {x for x in rows(text, "Table 1") if x.startswith("VoCo-")}
+  other = "VoCo-1, voco.optimizer.freeze=[]"
+  assert {"VoCo-1", "VoCo-2", other} < found
+  assert len(rows(text, "Table 1")["VoCo-1"]) == 2  # and GQA
+  assert row(text, "Table 2", "VoCo-2")[0] == "2"
+
+
+def test_a_row_has_one_name_in_all_columns(tmp_path):
+  for steps in (100, 300):
+    values = results.config("voco", "voco", training__steps=steps)
+    folder = tmp_path / f"steps{steps}"
+    results.evaluation(folder, values, "voco", 0.8)
+    if steps == 300:
+      path = results.evaluation(folder, values, "voco", 0.7)
+      other = json.loads(path.read_text()) | {"split": "validation"}
+      path.with_name("voco_int8.json").write_text(json.dumps(other))
+  found = rows(made(tmp_path), "Table 1")
+  assert "VoCo-1, voco.training.steps=100" in found
+  cells = found["VoCo-1"][0]  # as most results have it
+  assert len([c for c in cells if "no bounds" in c]) == 2
+
+
+def test_teachers_are_told_apart(tmp_path):
+  for steps in (100, 300):
+    teacher = results.config("full", "full", training__steps=steps)
+    results.write_phase(tmp_path / f"teacher{steps}", teacher)
+    values = results.config("voco", "voco")
+    values["training"]["distill_weight"] = 0.5
+    values["training"]["teacher"] = f"{results.HOME}/teacher{steps}/full"
+    results.evaluation(tmp_path / f"voco{steps}", values, "voco", 0.9)
+  found = rows(made(tmp_path), "Table 1")
+  label = "VoCo-1, distilled 0.5 from full, teacher's full.training.steps="
+  assert {f"{label}100", f"{label}300"} <= set(found)
 
 
 def test_settings_of_the_phase_before_count(tmp_path):

@@ -240,13 +240,26 @@ def _settings(
     for key, value in _flat(config)
     if not key.startswith(aside)
   }
-  if origin := config.get("init_from"):
-    way = os.path.relpath(origin, written)
-    before = pathlib.Path(os.path.normpath(phase / way))
-    if (before / "config.json").is_file():
-      first = _read_config(before / "config.json")
-      settings = _settings(first, before, pathlib.Path(origin)) | settings
+  settings = _of_origin(config.get("init_from"), phase, written) | settings
+  training = config.get("training", {})
+  if training.get("distill_weight"):
+    taught = _of_origin(training.get("teacher"), phase, written)
+    settings |= {f"teacher's {key}": value for key, value in taught.items()}
   return settings
+
+
+def _of_origin(
+  origin: str | None, phase: pathlib.Path, written: pathlib.Path
+) -> dict[str, str]:
+  """Settings of a phase that another started from, if it is still there."""
+  if not origin:
+    return {}
+  way = os.path.relpath(origin, written)
+  before = pathlib.Path(os.path.normpath(phase / way))
+  if not (before / "config.json").is_file():
+    return {}
+  first = _read_config(before / "config.json")
+  return _settings(first, before, pathlib.Path(origin))
 
 
 def _flat(config: Mapping[str, Any], prefix="") -> Iterator[tuple[str, Any]]:

@@ -1,11 +1,14 @@
 """From results to rows of a table: seeds joined, retention. Next: tables.py.
 
 Runs that differ in nothing but their seed are one row. Where two runs have the
-same method but differ in another setting, each is a row that names it.
+same method but differ in another setting, each is a row that names it, but for
+the one that has it as most results do.
 """
 
 import collections
 import dataclasses
+import os
+import pathlib
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -24,6 +27,7 @@ LABELS = {
   "lower": "lower bound",
 }
 NO_BOUNDS = "no bounds"
+MANY_BOUNDS = "several bounds"
 NO_ROOM = "upper bound not above lower"
 
 
@@ -118,18 +122,16 @@ def label(result: Result) -> str:
 def make_rows(scores: Sequence[Score]) -> list[Row]:
   """The rows of a table, in the order of `LABELS`."""
   bounds = _Bounds(scores)
-  found: dict[tuple[str, str], list[Score]] = collections.defaultdict(list)
+  usual = _usual(scores)
+  found: dict[str, list[Score]] = collections.defaultdict(list)
   for score in scores:
-    found[label(score.result), score.column].append(score)
-  rows: dict[str, dict[str, list[Score]]] = collections.defaultdict(dict)
-  for (name, column), members in found.items():
-    for difference, group in _apart(members):
-      rows[name + difference][column] = group
+    found[label(score.result)].append(score)
   made = []
-  for name, columns in rows.items():
-    cells = {column: _cell(group, bounds) for column, group in columns.items()}
-    first = next(iter(columns.values()))[0].result
-    made.append(Row(name, first, cells))
+  for name, members in found.items():
+    for difference, columns in _apart(members, usual).items():
+      cells = {column: _cell(x, bounds) for column, x in columns.items()}
+      first = next(iter(columns.values()))[0].result
+      made.append(Row(name + difference, first, cells))
   return sorted(made, key=_order)
 
 
@@ -140,23 +142,62 @@ def _order(row: Row):
   return method, trained, bool(r.use), -(r.cut or 0), row.label
 
 
-def _apart(members: list[Score]) -> list[tuple[str, list[Score]]]:
-  """Groups with equal settings, with a few settings that tell them apart."""
-  groups: dict[tuple, list[Score]] = collections.defaultdict(list)
+def _usual(scores: Iterable[Score]) -> dict[str, str]:
+  """By key the value that most results have, if there is one.
+
+  The key of a phase that a result is of has no phase: those are compared with
+  one another.
+  """
+  results = {score.result.path: score.result for score in scores}.values()
+  counts: dict[str, collections.Counter] = collections.defaultdict(
+    collections.Counter
+  )
+  for result in results:
+    for key, value in result.settings.items():
+      counts[_short(key, result)][value] += 1
+  most = {key: count.most_common(1)[0] for key, count in counts.items()}
+  return {
+    key: value
+    for key, (value, number) in most.items()
+    if 2 * number > counts[key].total()
+  }
+
+
+def _short(key: str, result: Result) -> str:
+  return key.removeprefix(f"{result.config['name']}.")
+
+
+def _apart(
+  members: list[Score], usual: Mapping[str, str]
+) -> dict[str, dict[str, list[Score]]]:
+  """Scores with equal settings, by a few that tell them apart and by column.
+
+  What differs between columns only, such as the data set, is no difference.
+  """
+  by_column: dict[str, list[Score]] = collections.defaultdict(list)
   for score in members:
-    groups[tuple(sorted(score.result.settings.items()))].append(score)
-  every = [dict(group) for group in groups]
-  keys = sorted({key for settings in every for key in settings})
-  keys = [k for k in keys if len({settings.get(k) for settings in every}) > 1]
-  texts = [""] * len(every)
-  for key in keys:
-    if len(set(texts)) == len(texts):
-      break
-    texts = [
-      f"{text}, {key}={settings.get(key, '(none)')}"
-      for text, settings in zip(texts, every, strict=True)
-    ]
-  return list(zip(texts, groups.values(), strict=True))
+    by_column[score.column].append(score)
+  telling: dict[str, None] = {}  # keys, in order
+  for column in by_column.values():
+    every = {tuple(sorted(s.result.settings.items())) for s in column}
+    settings = [dict(one) for one in sorted(every)]
+    told = [()] * len(settings)
+    for key in sorted({key for one in settings for key in one}):
+      values = [one.get(key) for one in settings]
+      if len(set(told)) < len(told) and len(set(values)) > 1:
+        told = [(*t, v) for t, v in zip(told, values, strict=True)]
+        telling[key] = None
+  found: dict[str, dict[str, list[Score]]] = {}
+  for column, scores in by_column.items():
+    for score in scores:
+      text = "".join(
+        f", {key}={score.result.settings.get(key, '(none)')}"
+        for key in telling
+        if score.result.settings.get(key)
+        != usual.get(_short(key, score.result))
+      )
+      found.setdefault(text, {}).setdefault(column, []).append(score)
+  return found
 
 
 def _cell(group: list[Score], bounds: "_Bounds") -> Cell:
@@ -165,10 +206,15 @@ def _cell(group: list[Score], bounds: "_Bounds") -> Cell:
   why = ""
   for score in group:
     values[score.result.seed].append(score.value)
-    lower, upper = bounds.of(score)
-    if lower is None or upper is None:
+    lowers, uppers = bounds.of(score)
+    if not lowers or not uppers:
       why = NO_BOUNDS
-    elif upper <= lower:
+      continue
+    if len(lowers) > 1 or len(uppers) > 1:
+      why = MANY_BOUNDS
+      continue
+    [lower], [upper] = lowers, uppers
+    if upper <= lower:
       why = NO_ROOM
     else:
       kept[score.result.seed].append(retention(score.value, lower, upper))
@@ -180,7 +226,7 @@ def _cell(group: list[Score], bounds: "_Bounds") -> Cell:
 
 
 class _Bounds:
-  """Bounds of a score: of its workdir, or else of others with its seed."""
+  """Bounds of a score: of its workdir, or else the nearest with its seed."""
 
   def __init__(self, scores: Iterable[Score]):
     self._known: dict[tuple, list[Score]] = collections.defaultdict(list)
@@ -189,16 +235,22 @@ class _Bounds:
         key = score.result.method, score.column, score.result.seed
         self._known[key].append(score)
 
-  def of(self, score: Score) -> tuple[float | None, float | None]:
-    """The lower and the upper one."""
+  def of(self, score: Score) -> tuple[set[float], set[float]]:
+    """What may be the lower one, and what the upper one."""
     return self._one("lower", score), self._one("full", score)
 
-  def _one(self, method: str, score: Score) -> float | None:
+  def _one(self, method: str, score: Score) -> set[float]:
     one = score.result
     found = self._known.get((method, score.column, one.seed), [])
-    own = [s for s in found if s.result.workdir == one.workdir]
+
+    def shared(other: Score) -> int:
+      """How many folders both lie in."""
+      both = os.path.commonpath([one.workdir, other.result.workdir])
+      return len(pathlib.PurePath(both).parts)
+
+    nearest = max(map(shared, found), default=0)
+    found = [s for s in found if shared(s) == nearest]
     alike = [
       s for s in found if s.result.num_voco_tokens == one.num_voco_tokens
     ]
-    chosen = own or alike or found
-    return statistics.fmean(s.value for s in chosen) if chosen else None
+    return {s.value for s in alike or found}

@@ -20,13 +20,15 @@ _NOTE = (
   "In a cell stands the score and below it the retention, 100 * (score - "
   "lower) / (upper - lower). ± is half of the 95 % interval over seeds, by "
   "Student's t; one seed has none. Retention is of each seed, between the "
-  "bounds of its workdir or else those of the same data set and seed, and then "
-  "averaged. Rows marked 'paper' are of the 7B of arXiv 2406.12275."
+  "bounds of its workdir or else the nearest of the same data set and seed, "
+  "and then averaged. Rows marked 'paper' are of the 7B of arXiv 2406.12275."
 )
 _NO_BOUNDS = (
   "Rows with 'no bounds' lack a result `full` or `lower` of their data set and "
   "seed: train with `--config.evaluation.bounds`, or evaluate a checkpoint of "
-  "compressor `full`, as it is and with `--compressor=voco`."
+  "compressor `full`, as it is and with `--compressor=voco`. Those with "
+  "'several bounds' lie as near to one run with bounds as to another: put each "
+  "into one folder with its own."
 )
 
 
