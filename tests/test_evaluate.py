@@ -164,14 +164,18 @@ def four_tokens(folder, tmp_path_factory):
   loaded = dataclasses.replace(loaded, config=config)
   workdir = tmp_path_factory.mktemp("four")
   for m in (1, 2, 4):
-    assemble.evaluate(loaded, workdir, "voco", "a test", num_voco_tokens=m)
-  assemble.evaluate(loaded, workdir, "voco", "a test", adaptive=True)
+    assemble.evaluate(loaded, workdir, "voco", {}, num_voco_tokens=m)
+  assemble.evaluate(loaded, workdir, "voco", {}, adaptive=True)
+  assemble.evaluate(
+    loaded, workdir, "voco", {}, adaptive=True, adaptive_threshold=0.0
+  )
   return loaded, results(workdir)
 
 
 def test_fewer_tokens_in_name_and_answers(four_tokens):
   _, found = four_tokens
-  assert set(found) == {"voco_m1", "voco_m2", "voco_m4", "voco_adaptive"}
+  adaptive = {"voco_adaptive", "voco_adaptive_0"}
+  assert set(found) == {"voco_m1", "voco_m2", "voco_m4"} | adaptive
   answers = [[x["prediction"] for x in found[name][1]] for name in found]
   assert len({tuple(x) for x in answers}) > 2  # the number matters
   assert found["voco_m2"][0]["title"] == "VoCo, first 2 of each image"
@@ -191,6 +195,10 @@ def test_adaptive_answers_are_those_of_their_number(four_tokens):
   }
   assert result["mean_k"] == sum(numbers) / 20
   assert result["adaptive_threshold"] == THRESHOLD
+  # Nothing settles exactly.
+  strict, answers = found["voco_adaptive_0"]
+  assert (strict["mean_k"], strict["adaptive_threshold"]) == (4, 0)
+  assert strict["correct"] == found["voco_m4"][0]["correct"]
 
 
 def test_tokens_that_cannot_be_cut(folder, four_tokens, tmp_path):
@@ -201,9 +209,9 @@ def test_tokens_that_cannot_be_cut(folder, four_tokens, tmp_path):
     ({"num_voco_tokens": 0}, r"found 0, but .* choose 1 to 4"),
   ):
     with pytest.raises(UserError, match=words):
-      assemble.evaluate(loaded, tmp_path, "voco", "a test", **arguments)
+      assemble.evaluate(loaded, tmp_path, "voco", {}, **arguments)
   with pytest.raises(UserError, match="--adaptive: found compressor 'full'"):
-    assemble.evaluate(full, tmp_path, "full", "a test", adaptive=True)
+    assemble.evaluate(full, tmp_path, "full", {}, adaptive=True)
   assert not list(tmp_path.iterdir())
 
 

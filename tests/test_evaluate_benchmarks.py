@@ -421,12 +421,16 @@ def test_bad_input(folder, program, tmp_path):
     assert "Traceback" not in err
 
 
-def test_flags_of_benchmarks_alone(folder):
-  flags = [f"--checkpoint={folder}/run/voco", "--data=x"]
+@pytest.mark.parametrize(
+  ("flag", "other"),
+  [("--data=x", "--benchmark"), ("--adaptive_threshold=0.2", "--adaptive")],
+)
+def test_flags_that_need_another(folder, flag, other):
+  flags = [f"--checkpoint={folder}/run/voco", flag]
   process = runs.start_cached(folder, "vocojax.evaluate", *flags)
   out, err = process.communicate(timeout=200)
   assert (process.returncode, out) == (2, "")
-  words = "--data=x: has no effect without --benchmark; give both or none"
+  words = f"{flag}: has no effect without {other}; give both or none"
   assert err == f"error: {words}\n"
 
 

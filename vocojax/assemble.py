@@ -133,6 +133,7 @@ def evaluate(
   int8: bool = False,
   num_voco_tokens: int | None = None,
   adaptive: bool = False,
+  adaptive_threshold: float | None = None,
 ) -> None:
   """Scores a checkpoint, writes the result and prints it in one line.
 
@@ -148,6 +149,8 @@ def evaluate(
     int8: answer from caches of 8-bit numbers.
     num_voco_tokens: answer from the first so many tokens of each image.
     adaptive: answer each question from as few of them as will do.
+    adaptive_threshold: instead of `config.evaluation.adaptive_threshold`; the
+      name of the result ends in it.
 
   Raises:
     CheckpointError: the checkpoint cannot be used with this compressor.
@@ -162,6 +165,12 @@ def evaluate(
       )
     name, title = f"{name}_adaptive", f"{title}, as few tokens as will do"
   config = with_compressor(loaded.config, compressor, num_voco_tokens)
+  if adaptive_threshold is not None:
+    evaluation = dataclasses.replace(
+      config.evaluation, adaptive_threshold=adaptive_threshold
+    )
+    config = dataclasses.replace(config, evaluation=evaluation)
+    name += f"_{adaptive_threshold:g}"
   model, params = load_model(loaded, config)
   source = make_source(config.data, config.evaluation.split)
   found = answers.answer_questions(

@@ -11,7 +11,8 @@ to hand in; the same command goes on where it was stopped. With
 `--compressor=voco` on a `full` checkpoint either gives the lower bound. A
 checkpoint whose prompt layout this version lacks is refused unless `--layout`
 names one; NAME then ends in it, as it does in `int8` with `--int8`, in `m4`
-with `--num_voco_tokens=4` and in `adaptive` with `--adaptive`. Read next:
+with `--num_voco_tokens=4`, in `adaptive` with `--adaptive` and in
+`adaptive_0.05` with `--adaptive --adaptive_threshold=0.05`. Read next:
 evals/answers.py, evals/benchmark_answers.py.
 """
 
@@ -73,6 +74,12 @@ _ADAPTIVE = flags.DEFINE_bool(
   "Answers each question from as few VoCo tokens as will do, see "
   "inference/adaptive.py; not with --benchmark.",
 )
+_ADAPTIVE_THRESHOLD = flags.DEFINE_float(
+  "adaptive_threshold",
+  None,
+  "With --adaptive: by how much the probability of an answer may change. By "
+  "default the checkpoint's config.evaluation.adaptive_threshold.",
+)
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size",
   None,
@@ -124,6 +131,12 @@ def main() -> None:
 def _run() -> None:
   made_by = assemble.provenance(assemble.command_line("vocojax.evaluate"))
   loaded = checkpoint.load(_CHECKPOINT.value, _LAYOUT.value or "")
+  threshold = _ADAPTIVE_THRESHOLD.value
+  if threshold is not None and not _ADAPTIVE.value:
+    raise UserError(
+      f"--adaptive_threshold={threshold}: has no effect without --adaptive; "
+      "give both or none"
+    )
   if _BATCH_SIZE.value:
     evaluation = dataclasses.replace(
       loaded.config.evaluation, batch_size=_BATCH_SIZE.value
@@ -154,6 +167,7 @@ def _run() -> None:
     _INT8.value,
     _NUM_VOCO_TOKENS.value,
     _ADAPTIVE.value,
+    threshold,
   )
   if jax.process_index():
     return

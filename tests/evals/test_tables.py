@@ -368,6 +368,8 @@ def test_other_uses(tmp_path):
   uses = {"": 0.9, "_m4": 0.8, "_m1": 0.7, "_adaptive": 0.85, "_int8": 0.89}
   for use, accuracy in uses.items():
     results.evaluation(tmp_path / "a", values, f"voco{use}", accuracy)
+  read = {"mean_k": 2.34}
+  results.evaluation(tmp_path / "a", values, "voco_adaptive", 0.85, **read)
   # Bounds used otherwise are no bounds.
   values = results.config("full", "full", k=8)
   for name, accuracy in (("full_int8", 0.8), ("lower_int8", 0.2)):
@@ -378,7 +380,7 @@ def test_other_uses(tmp_path):
   assert ours == {
     "VoCo-8 elastic, cut to 1": "70.0<br>40.0 %",
     "VoCo-8 elastic, cut to 4": "80.0<br>60.0 %",
-    "VoCo-8 elastic, adaptive": "85.0<br>70.0 %",
+    "VoCo-8 elastic, adaptive, 2.3 tokens on average": "85.0<br>70.0 %",
     "VoCo-8 elastic, int8": "89.0<br>78.0 %",
   }
   first = rows(text, "Table 1")

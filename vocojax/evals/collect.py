@@ -55,6 +55,7 @@ class Result:
     settings: every key that makes it this model, of this phase and of those
       that it started from.
     provenance: as in the file, with `checkpoint`.
+    mean_k: VoCo tokens read for a question, where that was adaptive.
   """
 
   path: pathlib.Path
@@ -67,6 +68,7 @@ class Result:
   config: Mapping[str, Any]
   settings: Mapping[str, str]
   provenance: Mapping[str, Any]
+  mean_k: float | None = None
 
   @property
   def seed(self) -> int:
@@ -162,6 +164,7 @@ def _evaluation(path: pathlib.Path) -> Result:
     config,
     _settings(config, phase, written),
     {**found["provenance"], "checkpoint": found["checkpoint"]},
+    found.get("mean_k"),
   )
 
 

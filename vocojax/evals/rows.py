@@ -69,11 +69,13 @@ class Row:
     label: how tables and pictures call it.
     result: one of its results, which tells method, k and so on.
     cells: by column.
+    mean_k: of its results, where tokens were read as needed.
   """
 
   label: str
   result: Result
   cells: Mapping[str, Cell]
+  mean_k: float | None = None
 
   @property
   def seeds(self) -> set[int]:
@@ -130,8 +132,12 @@ def make_rows(scores: Sequence[Score]) -> list[Row]:
   for name, members in found.items():
     for difference, columns in _apart(members, usual).items():
       cells = {column: _cell(x, bounds) for column, x in columns.items()}
-      first = next(iter(columns.values()))[0].result
-      made.append(Row(name + difference, first, cells))
+      results = [
+        score.result for scores in columns.values() for score in scores
+      ]
+      read = [r.mean_k for r in results if r.mean_k is not None]
+      mean_k = statistics.fmean(read) if read else None
+      made.append(Row(name + difference, results[0], cells, mean_k))
   return sorted(made, key=_order)
 
 

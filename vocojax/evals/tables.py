@@ -182,13 +182,16 @@ def _ours(
       kept = cell.why or f"{cell.mean_retention} %"
       cells[column] = f"{cell.score}<br>{kept}"
   average, count = row.average(columns)
+  label = row.label
+  if row.mean_k is not None:
+    label += f", {row.mean_k:.1f} tokens on average"
   text = f"{average} %" if average else "-"
   if average and count < len(columns):
     text += f" of {count}"
   seeds = str(len(row.seeds))
   if published:
-    return _Line(row.label, seeds, cells, text, published.average)
-  return _Line(row.label, seeds, cells, text)
+    return _Line(label, seeds, cells, text, published.average)
+  return _Line(label, seeds, cells, text)
 
 
 def _table(
