@@ -24,6 +24,7 @@ import concurrent.futures
 import dataclasses
 import fnmatch
 import itertools
+import json
 import os
 import pathlib
 import queue
@@ -199,6 +200,18 @@ def plan(
   return runs
 
 
+def _cores() -> list[int]:
+  """Those that this process may use."""
+  if hasattr(os, "sched_getaffinity"):
+    return sorted(os.sched_getaffinity(0))
+  return list(range(os.cpu_count() or 1))  # macOS, which pins nothing
+
+
+def _pin(core: int) -> None:
+  if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, [core])
+
+
 def perform(run: Run, core: int) -> str:
   """Runs what is not done of it; says what went wrong, if anything did."""
   run.folder.mkdir(parents=True, exist_ok=True)
@@ -211,7 +224,7 @@ def perform(run: Run, core: int) -> str:
         stdout=log,
         stderr=log,
         # Before its first JAX call, which starts a thread for every core.
-        preexec_fn=lambda: os.sched_setaffinity(0, [core]),
+        preexec_fn=lambda: _pin(core),
       )
       if process.wait():
         return f"{run.name}: exit status {process.returncode}, see {log.name}"
@@ -223,7 +236,7 @@ def perform(run: Run, core: int) -> str:
 def perform_all(runs: list[Run]) -> list[str]:
   """Each run on a core of its own, when its start is there."""
   cores: queue.SimpleQueue[int] = queue.SimpleQueue()
-  for core in sorted(os.sched_getaffinity(0)):
+  for core in _cores():
     cores.put(core)
   failed = []
   bar = tqdm.tqdm(
@@ -286,20 +299,30 @@ def main() -> int:
   if args.starts and begin:
     # Not made here: the flags of these runs would be those of the start.
     parser.error(f"--starts={args.starts}: {begin[0].name} is not done in it")
-  cores = len(os.sched_getaffinity(0))
+  cores = len(_cores())
   hours = sum(run.seconds for run in left) / cores / 3600
   print(
     f"{len(left)} of {len(runs)} runs are to be done: about {hours:.1f} h on "
     f"{cores} cores"
   )
+  known = out / "flags.json"
+  if known.is_file() and (before := json.loads(known.read_text())) != flags:
+    parser.error(
+      f"{known}: the runs in {out} have the flags {before}, found {flags}; "
+      "give the same, or another --out"
+    )
   if args.dry_run:
     for run in left:
       for command, result in run.commands:
         if not result.is_file():
           print(shlex.join(["python", *command]))
     return 0
+  out.mkdir(parents=True, exist_ok=True)
+  known.write_text(json.dumps(flags))
+  given = dict(flag.partition("=")[::2] for flag in flags)
+  path = given.get("--config.data.path", "")
   for grid in args.grids:
-    sources.grid_vqa(grid, "test")  # or all runs would write it at once
+    sources.grid_vqa(grid, "test", path)  # or all runs would write it at once
   try:
     failed = perform_all(left)
   except KeyboardInterrupt:

@@ -233,3 +233,24 @@ def test_every_common_key_is_typed():
   assert typed.keys() - {"name"} == written.keys() - {"phases", "phase"}
   for group in typed.keys() & written.keys():
     assert typed[group] == written[group]
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    (
+      {"data.source": "grid_vqa", "data.flip_images": True},
+      "config.data.flip_images: found True with config.data.source 'grid_vqa'",
+    ),
+    (
+      {"model.compressor.name": "qformer", "model.llm.hidden_size": 66},
+      "config.model.vision.num_attention_heads: 16, which the Q-Former has",
+    ),
+  ],
+)
+def test_keys_that_do_not_go_together(changes, words):
+  c = base()
+  for key, value in changes.items():
+    set_key(c, key, value)
+  with pytest.raises(ConfigError, match=re.escape(words)):
+    config_lib.phases(c)

@@ -97,6 +97,10 @@ def test_only_and_errors(tmp_path):
   wrong = study_of(out, f"--starts={tmp_path / 'other'}")
   assert wrong.returncode == 2
   assert "/other: grid2/seed0/start is not done in it\n" in wrong.stderr
+  (tmp_path / "flags.json").write_text('["--config.training.steps=2"]')
+  wrong = study_of(out, "--only", "blind", "--config.training.steps=3")
+  assert wrong.returncode == 2
+  assert "have the flags ['--config.training.steps=2'], found" in wrong.stderr
   wrong = study_of(out, "--seed=1")
   assert wrong.returncode == 2 and "--seed=1: unknown" in wrong.stderr
 

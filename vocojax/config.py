@@ -196,6 +196,13 @@ class ModelConfig:
         "config.model.attention_kernel: found 'cudnn' with config.model.dtype "
         "'float32', which cuDNN does not take; set one to 'auto' or 'bfloat16'"
       )
+    width, heads = self.llm.hidden_size, self.vision.num_attention_heads
+    if self.compressor.name == "qformer" and width % heads:
+      raise ConfigError(
+        f"config.model.vision.num_attention_heads: {heads}, which the Q-Former "
+        f"has as well, does not divide config.model.llm.hidden_size ({width}); "
+        "choose a divisor"
+      )
     if self.attention_block_size % 128:
       raise ConfigError(
         "config.model.attention_block_size: found "
@@ -244,6 +251,11 @@ class DataConfig:
     if self.grid_size not in (2, 3, 4):
       raise ConfigError(
         f"config.data.grid_size: found {self.grid_size}, expected 2, 3 or 4"
+      )
+    if self.flip_images and self.source == "grid_vqa":
+      raise ConfigError(
+        "config.data.flip_images: found True with config.data.source "
+        "'grid_vqa', whose questions say left and right; set it to False"
       )
 
   @property

@@ -437,6 +437,11 @@ def test_efficiency(tmp_path):
     "134.0 (69.6 %)",
     "0.5 (94.8 %)",
   ]
+  path.write_text(json.dumps({"rows": lines[1:]}))
+  with pytest.raises(
+    UserError, match=r"tiny, text of .* lacks way 'none', exp"
+  ):
+    tables.write_tables(tmp_path)
   path.write_text(json.dumps({"rows": [lines[0], {}]}))
   with pytest.raises(UserError, match=r"efficiency\.json: rows\[1\]"):
     tables.write_tables(tmp_path)

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from vocojax.errors import UserError
 from vocojax.evals import markdown, paper, rows
 from vocojax.evals.benchmarks.files import with_fields
 from vocojax.evals.collect import Result, read_object
@@ -17,17 +18,19 @@ _EFFICIENCY = (
 ).split()
 
 
+_REMEDY = "run `python -m benchmarks.efficiency --json=FILE` again"
+
+
 def read_efficiency(folder: pathlib.Path) -> list[dict[str, Any]]:
   """Rows of every efficiency.json under a folder, as the benchmark wrote them.
 
   Raises:
     UserError: one of them cannot be used.
   """
-  remedy = "run `python -m benchmarks.efficiency --json=FILE` again"
   found = []
   for path in sorted(folder.glob("**/efficiency.json")):
-    for i, row in enumerate(read_object(path, ["rows"], remedy)["rows"]):
-      found.append(with_fields(f"{path}: rows[{i}]", row, _EFFICIENCY, remedy))
+    for i, row in enumerate(read_object(path, ["rows"], _REMEDY)["rows"]):
+      found.append(with_fields(f"{path}: rows[{i}]", row, _EFFICIENCY, _REMEDY))
   return found
 
 
@@ -48,6 +51,12 @@ def efficiency(measured: list[dict[str, Any]]) -> str:
       None if seconds is None else 1e3 * seconds,
       row["operations"],
     )
+  for name, ways in groups.items():
+    if lacking := [way for way in _WAYS if way not in ways]:
+      raise UserError(
+        f"efficiency.json: {name}: lacks way {lacking[0]!r}, expected "
+        f"{', '.join(_WAYS)}; {_REMEDY}"
+      )
   lines = [line for name, ways in groups.items() for line in _costs(name, ways)]
   header = ("model", "way", "cached tokens", "cache, MB", "ms", "TFLOP")
   text = (
