@@ -243,7 +243,12 @@ def perform_all(runs: list[Run]) -> list[str]:
     total=round(sum(r.seconds for r in runs)), unit="s of work", smoothing=0
   )
 
+  starts: dict[pathlib.Path, concurrent.futures.Future[str]] = {}
+
   def one(run: Run) -> str:
+    # Begun before it, so there is a core that works on it.
+    if run.method and run.start in starts and starts[run.start].result():
+      return f"{run.name}: not begun, as there is no start"
     core = cores.get()
     try:
       return perform(run, core)
@@ -252,16 +257,17 @@ def perform_all(runs: list[Run]) -> list[str]:
 
   pool = concurrent.futures.ThreadPoolExecutor(cores.qsize())
   try:
-    starts = [run for run in runs if not run.method]
-    for group in (starts, [run for run in runs if run.method]):
-      begun = {pool.submit(one, run): run for run in group}
-      for future in concurrent.futures.as_completed(begun):
-        bar.update(round(begun[future].seconds))
-        bar.set_postfix_str(f"last {begun[future].name}")
-        if future.result():
-          failed.append(future.result())
-      if failed:
-        break
+    begun = {}
+    for run in runs:
+      future = pool.submit(one, run)
+      begun[future] = run
+      if not run.method:
+        starts[run.folder] = future
+    for future in concurrent.futures.as_completed(begun):
+      bar.update(round(begun[future].seconds))
+      bar.set_postfix_str(f"last {begun[future].name}")
+      if future.result():
+        failed.append(future.result())
   finally:
     bar.close()
     # After Ctrl-C, which the runs get as well, none is begun any more.

@@ -148,6 +148,17 @@ def test_a_small_study(tmp_path):
     folder / "blind" / "evaluation" / "blind.json"
   }
   assert changed == {"lower.json"}
+  # Nothing is begun without its start.
+  broken = study_of(
+    f"--out={tmp_path / 'broken'}",
+    *arguments[1:6],
+    "blind",
+    "--config.data.train_split=nothing",
+  )
+  assert broken.returncode == 1
+  failed = sorted(broken.stderr.splitlines()[-2:])
+  assert failed[0].endswith("seed0/blind: not begun, as there is no start")
+  assert "seed0/start: exit status 2, see " in failed[1]
 
 
 @pytest.mark.slow

@@ -438,9 +438,7 @@ def test_efficiency(tmp_path):
     "0.5 (94.8 %)",
   ]
   path.write_text(json.dumps({"rows": lines[1:]}))
-  with pytest.raises(
-    UserError, match=r"tiny, text .* lacks way .none., ex"
-  ):
+  with pytest.raises(UserError, match=r"tiny, text .* lacks way .none., ex"):
     tables.write_tables(tmp_path)
   path.write_text(json.dumps({"rows": [lines[0], {}]}))
   with pytest.raises(UserError, match=r"efficiency\.json: rows\[1\]"):
