@@ -125,7 +125,9 @@ class Ours:
 
   def __init__(self, config: config_lib.Config):
     self.config = config
-    self.model = VisionLanguageModel(config.model, TOKENS)
+    self.model = VisionLanguageModel(
+      config.model, TOKENS, config.data.text_slots
+    )
     self.params = jax.jit(self.model.init)(jax.random.key(config.seed))
     self._freeze = config.optimizer.freeze
     self._optimizer = optimizer_lib.make_optimizer(

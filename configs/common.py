@@ -100,7 +100,9 @@ def get_config() -> ConfigDict:
   # Training leaves out conversations that end in one of these answers, such as
   # ('yes', 'no') to begin with open questions.
   c.data.skip_answers = ()
-  # 'shuffle' gives each record a row of its own. 'pack' puts as many as fit
+  # 'shuffle' gives each record a row of its own. So does 'slots', but its
+  # conversations_per_record have equal parts of the row, which saves attention
+  # where they are many and about equally long. 'pack' puts as many as fit
   # into a row; metrics.jsonl says how full text rows and image slots are, and
   # both are if max_text_length / max_images is what a record has of each.
   # 'group_by_length' is LLaVA's order: records with and without images in

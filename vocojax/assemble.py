@@ -122,7 +122,8 @@ def make_model(
     prompt.LAYOUTS[config.prompt.layout], tokenizer
   )
   voco = tokenizer.get_vocab()[VOCO_TOKEN]
-  return VisionLanguageModel(config.model, StreamTokens(prefix, suffix, voco))
+  tokens = StreamTokens(prefix, suffix, voco)
+  return VisionLanguageModel(config.model, tokens, config.data.text_slots)
 
 
 def evaluate(

@@ -231,7 +231,7 @@ class DataConfig:
   max_images: int
   conversations_per_record: int
   skip_answers: tuple[str, ...]
-  batching: Literal["shuffle", "pack", "group_by_length"]
+  batching: Literal["shuffle", "slots", "pack", "group_by_length"]
   pack_lookahead: int
   batch_size: int
   flip_images: bool
@@ -252,11 +252,23 @@ class DataConfig:
       raise ConfigError(
         f"config.data.grid_size: found {self.grid_size}, expected 2, 3 or 4"
       )
+    count, length = self.conversations_per_record, self.max_text_length
+    if self.batching == "slots" and (not count or length % count):
+      raise ConfigError(
+        f"config.data.batching: found 'slots' with {count} conversations_per_"
+        f"record and max_text_length {length}; set the one to a divisor of the "
+        "other"
+      )
     if self.flip_images and self.source == "grid_vqa":
       raise ConfigError(
         "config.data.flip_images: found True with config.data.source "
         "'grid_vqa', whose questions say left and right; set it to False"
       )
+
+  @property
+  def text_slots(self) -> int:
+    """Equal parts of a text row, each with one conversation; 1 for no parts."""
+    return self.conversations_per_record if self.batching == "slots" else 1
 
   @property
   def max_conversations(self) -> int:

@@ -1,4 +1,4 @@
-"""Packed equals unpacked in the real model: losses and gradients.
+"""Rows packed or in slots equal others in the real model: losses and gradients.
 
 And a run of the trainer on packed rows. Read next: `test_packing.py`.
 """
@@ -50,13 +50,16 @@ def _records():
   return records
 
 
-def test_packed_equals_unpacked(words):
+@pytest.mark.parametrize(("batching", "length"), [("pack", 40), ("slots", 96)])
+def test_rows_equal_those_of_one_record(words, batching, length):
   """Loss of every conversation and gradients of all, to float32 rounding."""
   data = dataclasses.replace(
     PACK,
     source="easy_vqa",
-    max_text_length=40,
+    batching=batching,
+    max_text_length=length,
     max_images=4,
+    conversations_per_record=2,
     pack_lookahead=14,
   )
   vlm = builders.model({"compressor.num_voco_tokens": 3})
@@ -64,7 +67,7 @@ def test_packed_equals_unpacked(words):
   encoder = rows.Encoder(words, PROMPT, data, 8)
   source = _records()
   num_rows = int(pipeline.rows_per_epoch(source, encoder, data, 0))
-  assert num_rows <= 5
+  assert num_rows == 14 if batching == "slots" else num_rows <= 5
   dataset = pipeline.train_dataset(source, encoder, data, 0, 0, 1, num_rows)
   packed = take(dataset, 1)[0].arrays
   single = dataclasses.replace(data, batching="shuffle")
@@ -73,7 +76,7 @@ def test_packed_equals_unpacked(words):
   )
   unpacked = take(dataset, 1)[0].arrays
 
-  def run(batch):
+  def run(vlm, batch):
     def total(params, batch):
       logits = vlm.text_logits(params, batch)
       return builders.loss_of(logits, batch)[0], logits
@@ -103,7 +106,8 @@ def test_packed_equals_unpacked(words):
         result[tuple(ids)] = value
     return result
 
-  one, other = run(packed), run(unpacked)
+  in_slots = dataclasses.replace(vlm, text_slots=data.text_slots)
+  one, other = run(in_slots, packed), run(vlm, unpacked)
   found = by_conversation(packed, one[1])
   want = by_conversation(unpacked, other[1])
   assert found.keys() == want.keys() and len(found) == 18

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vocojax.config import DataConfig, PromptConfig
 from vocojax.data import pipeline, sources, tokenizer
-from vocojax.errors import DataError
+from vocojax.errors import ConfigError, DataError
 
 PROMPT = PromptConfig(layout="qa_v1", strip_newlines="none")
 DATA = DataConfig(
@@ -198,6 +198,38 @@ def test_what_does_not_fit(words):
     encoder(record(("?", "1 " * 11)), rng)
   with pytest.raises(DataError, match=r"record x: 3 images.* at most 2"):
     encoder(record(five, images=3), rng)
+
+
+def test_slots(folder, words):
+  """Each conversation begins a part of the row; longer ones are named."""
+  data = dataclasses.replace(
+    DATA, batching="slots", max_text_length=40, conversations_per_record=4
+  )
+  assert (data.text_slots, DATA.text_slots) == (4, 1)
+  encoder = pipeline.Encoder(words, PROMPT, data, 8)
+  lengths = (3, 1, 2)
+  turns = tuple((("number ?" + " ?" * n, "7"),) for n in lengths)
+  record = sources.Record("r", (folder / "3.png",), turns)
+  row = encoder(record, np.random.default_rng(0))
+  segments = row["segment_ids"].reshape(4, 10)
+  for i, part in enumerate(segments):
+    count = np.count_nonzero(part)
+    np.testing.assert_array_equal(part, [i + 1] * count + [0] * (10 - count))
+  # In an order that is drawn.
+  counts = np.count_nonzero(segments, axis=1)
+  assert sorted(counts[:3] - counts[:3].min()) == [0, 1, 2] and not counts[3]
+  assert row["image_segment_ids"].tolist() == [[1, 2, 3, 0], [0] * 4]
+  long = ((("number ?" + " ?" * 9, "7"),),)
+  record = dataclasses.replace(record, conversations=long)
+  with pytest.raises(
+    DataError, match=r"a conversation of 1[0-9] tokens, expec.* 10"
+  ):
+    encoder(record, np.random.default_rng(0))
+  for changes in ({"max_text_length": 42}, {"conversations_per_record": 0}):
+    with pytest.raises(
+      ConfigError, match=r"config.data.batching: found 'slots'"
+    ):
+      dataclasses.replace(data, **changes)
 
 
 def test_flips(words):

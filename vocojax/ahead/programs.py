@@ -80,9 +80,8 @@ def make_model(config: Config) -> VisionLanguageModel:
   if config.data.tokenizer:
     return assemble.make_model(config, load_tokenizer(config.data.tokenizer))
   before, after = STREAM_LENGTHS[config.prompt.layout]
-  return VisionLanguageModel(
-    config.model, StreamTokens((0,) * before, (0,) * after, 0)
-  )
+  tokens = StreamTokens((0,) * before, (0,) * after, 0)
+  return VisionLanguageModel(config.model, tokens, config.data.text_slots)
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class Encoder:
 
     Raises:
       DataError: there are too many images, or a conversation alone is longer
-        than a row.
+        than a row, or than its slot of it.
     """
     data = self._data
     _check_number(record, data)
@@ -98,6 +98,7 @@ class Encoder:
     if data.flip_images:
       flips = (bool(rng.integers(2)), bool(rng.integers(2)))
     conversations, room = [], data.max_text_length
+    longest = data.max_text_length // data.text_slots
     for turns in self._sample(record, rng):
       ids, labels = prompt.encode(
         prompt.LAYOUTS[self._prompt.layout],
@@ -106,11 +107,11 @@ class Encoder:
         has_image=bool(record.images),
         strip_newlines=self._prompt.strip_newlines,
       )
-      if len(ids) > data.max_text_length:
+      if len(ids) > longest:
         raise DataError(
           f"record {record.id}: a conversation of {len(ids)} tokens, expected "
-          f"at most {data.max_text_length}; raise config.data.max_text_length "
-          "or shorten the answers"
+          f"at most {longest}; raise config.data.max_text_length or shorten "
+          "the answers"
         )
       room -= len(ids)
       if room < 0:
@@ -161,6 +162,8 @@ class Encoder:
         row["num_voco_tokens"][slots] = prepared.num_voco_tokens
       slot = slots.stop
       for i, (ids, labels) in enumerate(prepared.conversations):
+        if data.text_slots > 1:  # the row is this record's alone
+          start = i * data.max_text_length // data.text_slots
         stop = start + len(ids)
         segment += 1
         row["input_ids"][start:stop] = ids

@@ -17,10 +17,12 @@ from vocojax.config import ModelConfig
 from vocojax.errors import ConfigError
 from vocojax.models import layers, masks, splash
 
-# Measured on 2 cores: slots of a cache that are read at a time, and queries of
-# a causal stream.
+# Measured on 2 cores: slots of a cache that are read at a time, queries of a
+# causal stream.
 _CHUNK = 64
 _QUERY_BLOCK = 160
+# Text tokens that are worth products of their own.
+_TEXT_BLOCK = 24
 
 
 def kernel(config: ModelConfig) -> str:
@@ -79,6 +81,7 @@ def text_attention(
   config: ModelConfig,
   batch: dict[str, Shaped[Array, "B ..."]],
   visible: Bool[Array, "B F K"],
+  text_slots: int = 1,
 ) -> Callable:
   """How the text of a batch attends, the same in every layer.
 
@@ -87,6 +90,8 @@ def text_attention(
     batch: as `VisionLanguageModel.text_logits` has it; for splash attention
       with `image_segment_ids` [B, F, R], the conversations that see each image.
     visible: False for what nobody may see of the K tokens of an image.
+    text_slots: parts of a row of text that do not see one another; products of
+      one with another are not made.
 
   Returns:
     A function of queries [B, T, H, P], keys and values [B, T, G, P] of the
@@ -97,17 +102,29 @@ def text_attention(
   """
   segment_ids = batch["segment_ids"]
   if kernel(config) != "splash":
+    T = segment_ids.shape[1]
+    # As many parts as slots, or fewer and larger ones; the mask does the rest.
+    parts = [n for n in range(1, text_slots + 1) if text_slots % n == 0]
+    num_parts = max((n for n in parts if T // n >= _TEXT_BLOCK), default=1)
+
+    def apart(x):  # [B, T, ...] to a row for each part
+      return x.reshape(-1, T // num_parts, *x.shape[2:])
+
+    def for_each(x):  # [B, F*K, ...]
+      return jnp.repeat(x, num_parts, axis=0)
+
     token_groups = jnp.where(visible, batch["image_group_ids"][..., None], 0)
     mask = masks.text_mask(
-      token_groups.reshape(len(token_groups), -1),
-      segment_ids,
-      batch["text_group_ids"],
+      for_each(token_groups.reshape(len(token_groups), -1)),
+      apart(segment_ids),
+      apart(batch["text_group_ids"]),
     )
 
     def with_mask(query, key, value, seen_key, seen_value):
-      key = jnp.concatenate([seen_key, key], axis=1)
-      value = jnp.concatenate([seen_value, value], axis=1)
-      return attend(query, key, value, config, mask)
+      key = jnp.concatenate([for_each(seen_key), apart(key)], axis=1)
+      value = jnp.concatenate([for_each(seen_value), apart(value)], axis=1)
+      attended = attend(apart(query), key, value, config, mask)
+      return attended.reshape(query.shape)
 
     return with_mask
 

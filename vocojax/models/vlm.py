@@ -55,12 +55,16 @@ class _Reader:
 class VisionLanguageModel:
   """Shape and layout; parameters are passed to every method.
 
+  With `text_slots` a row of text is so many parts of equal length that never
+  see one another, whatever the mask would allow: see config.data.batching.
+
   Parameters: `vision`, `projector`, `llm`, each as its module describes them,
   and `compressor` where it has some.
   """
 
   config: ModelConfig
   tokens: StreamTokens
+  text_slots: int = 1
 
   @property
   def vision(self) -> ClipVision:
@@ -89,7 +93,7 @@ class VisionLanguageModel:
     """The model that sees all patches; its stream begins this one's."""
     compressor = dataclasses.replace(self.config.compressor, name="full")
     config = dataclasses.replace(self.config, compressor=compressor)
-    return VisionLanguageModel(config, self.tokens)
+    return VisionLanguageModel(config, self.tokens, self.text_slots)
 
   def init(self, key) -> dict:
     """Random parameters."""
@@ -274,7 +278,10 @@ class VisionLanguageModel:
       (offsets[:, :, None] + visible).reshape(len(offsets), -1),
       text_positions,
       attention.text_attention(
-        self.config, batch, self._visible(batch)[:, :, visible]
+        self.config,
+        batch,
+        self._visible(batch)[:, :, visible],
+        self.text_slots,
       ),
     )
 
