@@ -28,8 +28,8 @@ def get_config():
   c.data.update(conversations_per_record=8, batching="slots")
   c.optimizer.update(name="muon", learning_rate=0.01, adam_learning_rate=3e-3)
   c.optimizer.update(b2=0.99, weight_decay=0.01, warmup_ratio=0.05)
-  # At twice the rate some seeds learn what is there but not where, and come away
-  # from that late.
+  # At twice the rate some seeds learn what is there but not where, and leave
+  # that late.
   c.training.update(steps=800, evaluate=True, log_every=20)
   c.training.update(checkpoint_every=200, keep_checkpoints=1)
   c.evaluation.max_new_tokens = 3
