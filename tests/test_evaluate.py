@@ -243,7 +243,7 @@ def test_another_prompt_layout_must_be_chosen(folder, tmp_path):
 def test_sharded_weights_answer_the_same(folder, tmp_path):
   """In this process there are eight devices, and the mesh takes all."""
   loaded = checkpoint.load(str(folder / "run" / "voco"))
-  assemble.evaluate(loaded, tmp_path, "voco", "a test")
+  assemble.evaluate(loaded, tmp_path, "voco", {})
   assert results(tmp_path)["voco"] == results(folder / "run")["voco"]
 
 
