@@ -216,7 +216,9 @@ def test_videos_and_judge(folder, one_by_one, program, stub, tmp_path):
   assert len(set(expected.values())) == 8
   out = tmp_path / "out"
   said, _ = finish(program, "msvd_qa", f"--out={out}")
-  assert said.startswith("msvd_qa: match 0.00, 8 questions, VoCo\n")
+  frames = f"at most {MAX_FRAMES} frames of a video\n"
+  start = f"msvd_qa: match 0.00, 8 questions, VoCo, {frames}"
+  assert said.startswith(start)
   assert predictions(out) == expected
   settings = result(out)["settings"]
   assert settings["judge"] is None and settings["max_frames"] == MAX_FRAMES
@@ -233,7 +235,8 @@ def test_videos_and_judge(folder, one_by_one, program, stub, tmp_path):
     f"--judge_cache={tmp_path}/verdicts",
   ]
   said, err = finish(program, "msvd_qa", f"--out={out}", *judge)
-  assert said.startswith("msvd_qa: judge_accuracy 62.50, 8 questions, VoCo\n")
+  start = f"msvd_qa: judge_accuracy 62.50, 8 questions, VoCo, {frames}"
+  assert said.startswith(f"{start}wrong for lack of a verdict: 1\n")
   assert "answers of msvd_qa" not in err  # none was asked again
   assert (out / "predictions.jsonl").read_text() == lines
   found = result(out)
@@ -374,7 +377,7 @@ def test_two_processes_answer_as_one(folder, one_by_one, stub, tmp_path):
   assert said[0] == "" and first.poll() is None  # still judging
   judging.set()
   ((said, err),) = test_multihost.finish([first])
-  assert said.startswith("msvd_qa: judge_accuracy 100.00, 8 questions, VoCo\n")
+  assert said.startswith("msvd_qa: judge_accuracy 100.00, 8 questions, VoCo, at")
   assert "4/4" in err
   assert predictions(out) == expected
   parts = [out / f"predictions{end}.jsonl" for end in ("", "-1")]
