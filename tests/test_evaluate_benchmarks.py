@@ -377,7 +377,7 @@ def test_two_processes_answer_as_one(folder, one_by_one, stub, tmp_path):
   assert said[0] == "" and first.poll() is None  # still judging
   judging.set()
   ((said, err),) = test_multihost.finish([first])
-  assert said.startswith("msvd_qa: judge_accuracy 100.00, 8 questions, VoCo, at")
+  assert said.startswith("msvd_qa: judge_accuracy 100.00, 8 questions, VoCo,")
   assert "4/4" in err
   assert predictions(out) == expected
   parts = [out / f"predictions{end}.jsonl" for end in ("", "-1")]
