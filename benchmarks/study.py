@@ -39,13 +39,13 @@ from configs import gridvqa, gridvqa_start
 from vocojax.data import sources
 
 _START = "start"
-# Seconds of a step on one of two busy cores of an AMD EPYC, 2026-11-25.
+# Seconds of a step, about, on one of two busy cores of an AMD EPYC, 2026-11-25.
 _SECONDS = {
-  "start": 0.5,
-  "full": 0.4,
-  "voco": 0.4,
-  "distill": 0.7,
-  "other": 0.3,
+  "start": 0.8,
+  "full": 0.7,
+  "voco": 0.5,
+  "distill": 0.9,
+  "other": 0.4,
 }
 
 

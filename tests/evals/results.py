@@ -1,12 +1,13 @@
 """Results on disk as evaluation and benchmarks leave them, with made-up scores.
 
-Read next: test_tables.py.
+And the tables made of them. Read next: test_rows.py, test_tables.py.
 """
 
 import json
 import pathlib
 
 from tests.evals import conftest
+from vocojax.evals import tables
 from vocojax.evals.benchmarks import result as result_lib
 
 # Where runs were made; they are found elsewhere.
@@ -95,3 +96,38 @@ def bounds(workdir, lower, upper, seed=0, **changes):
   values = config("full", "full", seed, **changes)
   evaluation(workdir, values, "full", upper)
   evaluation(workdir, values, "lower", lower)
+
+
+def write_seeds(folder, scores):
+  """(lower, voco, upper) of each seed, each seed in its workdir."""
+  for seed, (lower, voco, upper) in enumerate(scores):
+    bounds(folder / f"s{seed}", lower, upper, seed)
+    values = config("voco", "voco", seed)
+    evaluation(folder / f"s{seed}", values, "voco", voco)
+
+
+def section(text, title):
+  """What stands under a heading that begins so."""
+  [found] = [x for x in text.split("\n## ") if x.startswith(title)]
+  return found
+
+
+def rows(text, title):
+  """Cells of the rows of a section, by their first cell; a list of each."""
+  found = {}
+  for line in section(text, title).splitlines():
+    if line.startswith("| "):
+      label, *cells = (x.strip() for x in line.strip("| ").split(" | "))
+      found.setdefault(label, []).append(cells)
+  return found
+
+
+def row(text, title, label):
+  [cells] = rows(text, title)[label]
+  return cells
+
+
+def made(folder):
+  path = tables.write_tables(folder)
+  assert path == folder / "tables.md"
+  return path.read_text()

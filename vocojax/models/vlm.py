@@ -55,8 +55,8 @@ class _Reader:
 class VisionLanguageModel:
   """Shape and layout; parameters are passed to every method.
 
-  With `text_slots` a row of text is so many parts of equal length that never
-  see one another, whatever the mask would allow: see config.data.batching.
+  With `text_slots` a row of text has so many equal parts, no two of which share
+  a segment: see config.data.batching.
 
   Parameters: `vision`, `projector`, `llm`, each as its module describes them,
   and `compressor` where it has some.
