@@ -312,7 +312,11 @@ def main() -> int:
     f"{cores} cores"
   )
   known = out / "flags.json"
-  if known.is_file() and (before := json.loads(known.read_text())) != flags:
+  try:
+    before = json.loads(known.read_text()) if known.is_file() else flags
+  except ValueError as e:
+    parser.error(f"{known}: not JSON ({e}), expected flags; remove the file")
+  if before != flags:
     parser.error(
       f"{known}: the runs in {out} have the flags {before}, found {flags}; "
       "give the same, or another --out"

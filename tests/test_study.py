@@ -101,6 +101,10 @@ def test_only_and_errors(tmp_path):
   wrong = study_of(out, "--only", "blind", "--config.training.steps=3")
   assert wrong.returncode == 2
   assert "have the flags ['--config.training.steps=2'], found" in wrong.stderr
+  (tmp_path / "flags.json").write_text("[")
+  wrong = study_of(out, "--only", "blind")
+  assert wrong.returncode == 2
+  assert "flags.json: not JSON (" in wrong.stderr.splitlines()[-1]
   wrong = study_of(out, "--seed=1")
   assert wrong.returncode == 2 and "--seed=1: unknown" in wrong.stderr
 
