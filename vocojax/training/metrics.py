@@ -5,8 +5,6 @@ import os
 import pathlib
 import time
 
-import tensorboardX
-
 
 class Sums:
   """Sums since the last line, and the bad records since the first step.
@@ -73,6 +71,10 @@ class MetricsWriter:
       part.write_text("".join(kept))
       os.replace(part, path)
     self._file = path.open("a")
+    # Not above: where PyTorch is installed it imports that, for two seconds of
+    # every program that reads a checkpoint.
+    import tensorboardX
+
     self._board = tensorboardX.SummaryWriter(
       str(folder / "tensorboard"), purge_step=first_step + 1
     )
