@@ -12,7 +12,10 @@ import pytest
 from vocojax import cli
 
 PROGRAM = """
+import os
+import signal
 import sys
+import time
 from absl import flags
 from vocojax import cli
 from vocojax.errors import DataError
@@ -21,6 +24,11 @@ CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 SHARDS = flags.DEFINE_integer("shards", 1, "Parts.")
 flags.mark_flag_as_required("workdir")
+
+
+class Interrupted:
+  def __del__(self):  # what is raised in it is ignored
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def main():
@@ -35,6 +43,9 @@ def main():
   if WORKDIR.value == "wait":
     print("ready", flush=True)
     sys.stdin.read()
+  if WORKDIR.value == "ignored":
+    Interrupted()
+    time.sleep(20)
   if WORKDIR.value == "status":
     return 7
 
@@ -311,6 +322,14 @@ def test_interrupt(folder):
   while process.stdout.readline() != "ready\n":
     assert process.poll() is None
   process.send_signal(signal.SIGINT)
+  _, err = process.communicate(timeout=60)
+  assert (process.returncode, err) == (130, "error: interrupted\n")
+
+
+def test_interrupt_that_python_ignored(folder):
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  process = start(folder, "--config=good.py", "--workdir=ignored")
+  signal.signal(signal.SIGINT, before)
   _, err = process.communicate(timeout=60)
   assert (process.returncode, err) == (130, "error: interrupted\n")
 

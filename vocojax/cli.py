@@ -20,7 +20,9 @@ import operator
 import os
 import pathlib
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -62,6 +64,8 @@ def run(
   if {"--help", "-help", "-h"} & set(sys.argv[1:]):
     print(_help(usage))
     sys.exit(0)
+  before = sys.unraisablehook
+  sys.unraisablehook = functools.partial(_interrupt_again, before)
   try:
     rest = _parse_flags()
     if arguments:
@@ -75,8 +79,22 @@ def run(
     message, status = " ".join(str(e).split()), 2
   except KeyboardInterrupt as e:
     message, status = str(e) or "interrupted", 130
+  finally:
+    sys.unraisablehook = before
   print(f"error: {message}", file=sys.stderr)
   sys.exit(status)
+
+
+def _interrupt_again(otherwise: Callable[[Any], Any], ignored: Any) -> None:
+  """Ctrl-C that came where Python ignores exceptions comes once more.
+
+  Such as in JAX's callback of the garbage collector: the program would run on.
+  """
+  if not issubclass(ignored.exc_type, KeyboardInterrupt):
+    otherwise(ignored)
+    return
+  main, number = threading.main_thread().ident, signal.SIGINT
+  threading.Timer(0.1, signal.pthread_kill, (main, number)).start()
 
 
 def define_config(required: bool = True) -> flags.FlagHolder:
