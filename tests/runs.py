@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -106,6 +107,20 @@ def write_config(folder: pathlib.Path, name: str, tail: str) -> pathlib.Path:
   path = folder / name
   path.write_text(CONFIG.replace("FOLDER", str(folder)) + tail)
   return path
+
+
+@contextlib.contextmanager
+def interruptible():
+  """Processes that begin in here heed Ctrl-C.
+
+  Tests that run in a shell's background inherit an ignored SIGINT, and would
+  hand it on.
+  """
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 def start(module: str, *arguments: str, **env: str) -> subprocess.Popen:

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from tests import runs
 from vocojax import cli
 
 PROGRAM = """
@@ -314,11 +315,8 @@ def test_status_is_passed_on(folder):
 
 
 def test_interrupt(folder):
-  # Tests that run in a shell's background inherit an ignored SIGINT and would
-  # hand it on.
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  process = start(folder, "--config=good.py", "--workdir=wait")
-  signal.signal(signal.SIGINT, before)
+  with runs.interruptible():
+    process = start(folder, "--config=good.py", "--workdir=wait")
   while process.stdout.readline() != "ready\n":
     assert process.poll() is None
   process.send_signal(signal.SIGINT)
@@ -327,9 +325,8 @@ def test_interrupt(folder):
 
 
 def test_interrupt_that_python_ignored(folder):
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  process = start(folder, "--config=good.py", "--workdir=ignored")
-  signal.signal(signal.SIGINT, before)
+  with runs.interruptible():
+    process = start(folder, "--config=good.py", "--workdir=ignored")
   _, err = process.communicate(timeout=60)
   assert (process.returncode, err) == (130, "error: interrupted\n")
 

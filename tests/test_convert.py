@@ -187,12 +187,10 @@ def wait_for_chunks(process, folder):
 
 
 def test_ctrl_c(big, tmp_path):
-  """Tests that run in a shell's background inherit an ignored SIGINT."""
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  process = runs.start(
-    "vocojax.convert", f"--source={big}", f"--out={tmp_path / 'out'}"
-  )
-  signal.signal(signal.SIGINT, before)
+  with runs.interruptible():
+    process = runs.start(
+      "vocojax.convert", f"--source={big}", f"--out={tmp_path / 'out'}"
+    )
   wait_for_chunks(process, tmp_path)
   process.send_signal(signal.SIGINT)
   _, err = process.communicate(timeout=60)

@@ -170,16 +170,14 @@ def test_ctrl_c_begins_no_other_run(tmp_path):
   cores = len(os.sched_getaffinity(0))
   seeds = [str(i) for i in range(cores + 1)]
   arguments = [f"--out={tmp_path}", "--grids", "2", "--seeds", *seeds]
-  # What runs the tests may ignore Ctrl-C, and children would inherit that.
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  process = subprocess.Popen(
-    [sys.executable, "-m", "benchmarks.study", *arguments],
-    cwd=runs.ROOT,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    start_new_session=True,
-  )
-  signal.signal(signal.SIGINT, before)
+  with runs.interruptible():
+    process = subprocess.Popen(
+      [sys.executable, "-m", "benchmarks.study", *arguments],
+      cwd=runs.ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      start_new_session=True,
+    )
   begun = tmp_path / "grid2"
   while sum(bool(p.read_text()) for p in begun.glob("*/start/log.txt")) < cores:
     assert process.poll() is None

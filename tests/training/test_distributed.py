@@ -200,23 +200,21 @@ def test_script_runs_and_ctrl_c_ends_all(folder):
   python = copy / ".venv" / "bin" / "python"
   python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
   python.chmod(0o755)
-  # What runs the tests may ignore Ctrl-C, and children would inherit that.
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  script = subprocess.Popen(
-    [
-      copy / "launch" / "local_multiprocess.sh",
-      "--devices",
-      "1",
-      "--",
-      f"--config={folder / 'one.py'}",
-      f"--workdir={folder / 'script'}",
-    ],
-    env=os.environ | runs.cached(folder),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    start_new_session=True,
-  )
-  signal.signal(signal.SIGINT, before)
+  with runs.interruptible():
+    script = subprocess.Popen(
+      [
+        copy / "launch" / "local_multiprocess.sh",
+        "--devices",
+        "1",
+        "--",
+        f"--config={folder / 'one.py'}",
+        f"--workdir={folder / 'script'}",
+      ],
+      env=os.environ | runs.cached(folder),
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      start_new_session=True,
+    )
   phase = folder / "script" / "voco"
   test_resume.wait_for(script, lambda: test_resume.steps(phase))
   os.killpg(script.pid, signal.SIGINT)  # what Ctrl-C does
