@@ -18,21 +18,19 @@ which counts the same on a machine that is not idle.
 import argparse
 import dataclasses
 import functools
-import os
 import pathlib
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 
-import jax
 import numpy as np
 import torch
 from PIL import Image
 from transformers.models.clip import image_processing_pil_clip
 
+from benchmarks import hardware, tables
 from benchmarks import packing as packing_benchmark
-from benchmarks import tables
 from vocojax.config import DataConfig, PromptConfig
 from vocojax.data import images, packing, pipeline, prompt, rows, sources
 from vocojax.data.tokenizer import load_tokenizer
@@ -214,8 +212,7 @@ def main():
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--tokenizer", default="", help="folder of another one")
   args = parser.parse_args()
-  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
-  jax.config.update("jax_platforms", "cpu")
+  hardware.use()
   torch.set_num_threads(1)  # in a worker it would be so anyway
   with tempfile.TemporaryDirectory() as name:
     data, prompts, source = packing_benchmark.open_data(

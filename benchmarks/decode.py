@@ -10,7 +10,6 @@ engine answers from the cache of the VoCo token. Read next: efficiency.py.
 """
 
 import argparse
-import os
 import statistics
 import time
 
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 import transformers
 
-from benchmarks import efficiency, tables
+from benchmarks import efficiency, hardware, tables
 from vocojax.models.compressors import ImageStream
 from vocojax.training import state
 from vocojax.weights import hf, hf_config
@@ -179,9 +178,7 @@ def main():
   parser.add_argument("--sizes", nargs="+", choices=sizes, default=list(sizes))
   parser.add_argument("--repeats", type=int, default=5)
   args = parser.parse_args()
-  # Before the first JAX call, which starts a thread for every core it may use.
-  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
-  jax.config.update("jax_platforms", "cpu")
+  hardware.use()
   torch.set_num_threads(2)
   rows = []
   for name in args.sizes:

@@ -14,7 +14,6 @@ must agree, which is checked.
 
 import argparse
 import dataclasses
-import os
 import pathlib
 import statistics
 import tempfile
@@ -24,7 +23,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from benchmarks import llava_like, tables, train_step
+from benchmarks import hardware, llava_like, tables, train_step
 from configs import common
 from vocojax import config as config_lib
 from vocojax.config import DataConfig, PromptConfig
@@ -226,9 +225,7 @@ def main():
   parser.add_argument("--train_records", type=int, default=256)
   parser.add_argument("--repeats", type=int, default=3)
   args = parser.parse_args()
-  # Before the first JAX call, which starts a thread for every core it may use.
-  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
-  jax.config.update("jax_platforms", "cpu")
+  hardware.use()
   with tempfile.TemporaryDirectory() as name:
     data, prompts, source = open_data(pathlib.Path(name), args.records, 0, ROW)
     records = prepare(data, prompts, source)

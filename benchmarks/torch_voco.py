@@ -8,7 +8,8 @@ As LLaVA and VoCo-LLaMA do it on Hugging Face models: one joint sequence
 `F.scaled_dot_product_attention`, the output head on all rows of the joint
 sequence, cross-entropy with ignored labels. Modules are named like our
 parameters, so that weights go over by name. Query and key heads are equal in
-number, and the output head is not tied.
+number, and the output head is not tied. In bfloat16 it is autocast's mixed
+precision, as Hugging Face's trainer has it: weights stay in float32.
 """
 
 import jax
@@ -80,10 +81,10 @@ class Vision(nn.Module):
       VisionLayer(c) for _ in range(c.num_hidden_layers)
     )
     self.num_feature_layers = c.num_feature_layers
+    self.mean, self.std = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
 
   def forward(self, images):  # uint8 [B, S, S, 3]
-    mean = torch.from_numpy(IMAGE_MEAN)
-    pixels = (images.float() / 255 - mean) / torch.from_numpy(IMAGE_STD)
+    pixels = (images.float() / 255 - self.mean) / self.std
     x = self.pre_layernorm(self.embeddings(pixels.permute(0, 3, 1, 2)))
     for layer in self.layers[: self.num_feature_layers]:
       x = layer(x)
@@ -265,7 +266,9 @@ def from_params(
   return model
 
 
-def make_train_step(model: VisionLanguageModel, config: OptimizerConfig):
+def make_train_step(
+  model: VisionLanguageModel, config: OptimizerConfig, dtype: str = "float32"
+):
   """`batch -> loss`, with clipping and fused AdamW; updates the model."""
   decayed, kept = [], []
   for name, parameter in model.named_parameters():
@@ -286,12 +289,15 @@ def make_train_step(model: VisionLanguageModel, config: OptimizerConfig):
 
   def train_step(batch):
     optimizer.zero_grad(set_to_none=True)
-    loss = model(
-      batch["images"],
-      batch["input_ids"],
-      batch["labels"],
-      batch["segment_ids"],
-    )
+    with torch.autocast(
+      batch["images"].device.type, torch.bfloat16, enabled=dtype == "bfloat16"
+    ):
+      loss = model(
+        batch["images"],
+        batch["input_ids"],
+        batch["labels"],
+        batch["segment_ids"],
+      )
     loss.backward()
     nn.utils.clip_grad_norm_(decayed + kept, config.grad_clip)
     optimizer.step()

@@ -1,25 +1,30 @@
 """Train-step speed: vocojax against PyTorch. Read next: `torch_voco.py`.
 
   python -m benchmarks.train_step [--sizes easy_vqa wide] [--repeats 5]
+  python -m benchmarks.train_step --platform=gpu --torch_compile
 
 Both train the same model from the same weights on the same batch: forward,
-backward, clipping, AdamW, float32, on two CPU cores. Ours is the step that the
-trainer runs, jitted and donated; PyTorch is eager, with fused AdamW. They take
-turns in one process. Text rows hold several conversations about one image.
-`--torch_compile` adds the same PyTorch model under `torch.compile`, which needs
-a C++ compiler and about a minute a size.
+backward, clipping, AdamW; on two CPU cores in float32, on a GPU in bfloat16
+with weights in float32. Ours is the step that the trainer runs, jitted and
+donated; PyTorch is eager, with fused AdamW. They take turns in one process.
+Text rows hold several conversations about one image. `--torch_compile` adds the
+same PyTorch model under `torch.compile`, which needs a C++ compiler and about a
+minute a size.
 
-The vocabularies are small on purpose: LLaVA's loss puts the head on the whole
-joint sequence, ours on text alone, and at these widths a vocabulary of 32,000
-would make that the only thing to measure.
+On CPU the vocabularies are small on purpose: LLaVA's loss puts the head on the
+whole joint sequence, ours on text alone, and at these widths a vocabulary of
+32,000 would make that the only thing to measure. For a GPU with a known peak
+the report has the model FLOPs utilisation (MFU, arXiv 2204.02311): operations
+that the two-stream step needs, over time and peak, the same ones for all sides.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
-import os
 import statistics
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +32,10 @@ import numpy as np
 import optax
 import torch
 
-from benchmarks import tables, torch_voco
+from benchmarks import hardware, tables, torch_voco
 from configs import easyvqa_1tok
 from vocojax import config as config_lib
+from vocojax.models import flops
 from vocojax.models.compressors import StreamTokens
 from vocojax.models.vlm import VisionLanguageModel
 from vocojax.training import optimizer as optimizer_lib
@@ -68,6 +74,39 @@ SIZES = {
   "576_text_64": _PATCHES_576 | {"data.max_text_length": 64},
   "576_text_256": _PATCHES_576 | {"data.max_text_length": 256},
 }
+# A language model of 0.95 billion parameters after CLIP ViT-L/14-336, frozen.
+_1B = {
+  "model.dtype": "bfloat16",
+  "model.scan_layers": True,
+  "model.llm.vocab_size": 32000,
+  "model.llm.vocab_multiple": 64,
+  "model.llm.num_hidden_layers": 16,
+  "model.llm.hidden_size": 2048,
+  "model.llm.intermediate_size": 5632,
+  "model.llm.num_attention_heads": 16,
+  "model.llm.num_key_value_heads": 16,
+  "model.llm.head_dim": 128,
+  "model.llm.initializer_range": 0.02,
+  "model.vision.image_size": 336,
+  "model.vision.patch_size": 14,
+  "model.vision.feature_layer": -2,
+  "model.vision.num_hidden_layers": 24,
+  "model.vision.hidden_size": 1024,
+  "model.vision.intermediate_size": 4096,
+  "model.vision.num_attention_heads": 16,
+  "model.vision.initializer_range": 0.02,
+  "optimizer.freeze": ("^vision/",),
+  "optimizer.learning_rate": 1e-4,
+  "data.conversations_per_record": 4,
+  "data.batch_size": 8,
+}
+# The joint sequences are multiples of eight, as PyTorch's kernels like them.
+GPU_SIZES = {
+  "1b_text_60": _1B | {"data.max_text_length": 60},
+  "1b_text_252": _1B | {"data.max_text_length": 252},
+}
+# Dense bfloat16 operations a second, of NVIDIA's data sheets.
+_PEAKS = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
 _ONE_PHASE = {
   "training.steps": 1000,
   "optimizer.name": "adamw",
@@ -89,6 +128,8 @@ class Result:
   compile_seconds: float  # ours
   times: dict[str, list[float]]  # seconds of a step; ours comes first
   parts: dict[str, float]  # seconds of a step, ours
+  operations: int  # that a step needs, by formula
+  bytes: dict[str, int]  # of GPU memory, on a GPU
 
 
 def make_config(overrides: dict) -> config_lib.Config:
@@ -150,6 +191,17 @@ class Ours:
     self._step = train_step.lower(self._state, batch).compile(options)
     return time.perf_counter() - start
 
+  @property
+  def bytes(self) -> int:
+    """Of memory that the compiled step needs, with its state."""
+    found = self._step.memory_analysis()
+    return (
+      found.argument_size_in_bytes
+      + found.output_size_in_bytes
+      - found.alias_size_in_bytes
+      + found.temp_size_in_bytes
+    )
+
   def run(self, batch, steps: int) -> list[float]:
     """Losses of so many steps; returns when all is done."""
     losses = []
@@ -199,13 +251,16 @@ class Torch:
     )
     if compiled:
       model.compile()
-    self._step = torch_voco.make_train_step(model, ours.config.optimizer)
+    self._step = torch_voco.make_train_step(
+      model, ours.config.optimizer, ours.config.model.dtype
+    )
 
   def run(self, batch, steps: int) -> list[float]:
-    """Losses of so many steps."""
+    """Losses of so many steps; returns when all is done."""
     losses = []
+    device = torch.get_default_device()
     for _ in range(steps):
-      tensors = {k: torch.from_numpy(v) for k, v in batch.items()}
+      tensors = {k: torch.as_tensor(v, device=device) for k, v in batch.items()}
       losses.append(self._step(tensors).detach())
     return [float(x) for x in losses]
 
@@ -228,14 +283,18 @@ def measure(
   config = make_config(overrides)
   batch = random_batch(config)
   ours = Ours(config)
-  sides = {"vocojax": ours, "PyTorch": Torch(ours, compiled=False)}
-  if torch_compile:
-    sides["PyTorch compiled"] = Torch(ours, compiled=True)
   compile_seconds = ours.compile(batch)
   # Two steps warm up, and the second loss depends on a whole first step.
-  losses = {name: side.run(batch, 2) for name, side in sides.items()}
-  for found in losses.values():
-    np.testing.assert_allclose(found, losses["vocojax"], rtol=1e-4)
+  expected = ours.run(batch, 2)
+  sides: dict[str, Ours | Torch] = {"vocojax": ours}
+  memory = {"vocojax": ours.bytes}
+  for compiled in (False, True) if torch_compile else (False,):
+    side_name = "PyTorch compiled" if compiled else "PyTorch"
+    with _allocated(memory, side_name):
+      side = sides[side_name] = Torch(ours, compiled)
+      found = side.run(batch, 2)
+    tolerance = 1e-4 if config.model.dtype == "float32" else 1e-2
+    np.testing.assert_allclose(found, expected, rtol=tolerance)
   steps = max(1, round(_REPETITION_SECONDS / seconds(ours.run, batch, 1)))
   times = {name: [] for name in sides}
   for _ in range(repeats):
@@ -248,7 +307,38 @@ def measure(
     compile_seconds,
     times,
     _parts(ours, batch, repeats),
+    operations(config, ours.model.stream.length),
+    memory,
   )
+
+
+@contextlib.contextmanager
+def _allocated(into: dict[str, int], name: str) -> Iterator[None]:
+  """Writes how much more GPU memory PyTorch came to need; nothing on CPU."""
+  if torch.get_default_device().type != "cuda":
+    yield
+    return
+  before = torch.cuda.memory_allocated()
+  torch.cuda.reset_peak_memory_stats()
+  yield
+  into[name] = torch.cuda.max_memory_allocated() - before
+
+
+def operations(config: config_lib.Config, stream_length: int) -> int:
+  """That a train step needs: the backward pass twice the forward pass.
+
+  A frozen vision tower has none. Every conversation reads itself and the VoCo
+  token.
+  """
+  model, data = config.model, config.data
+  n = data.conversations_per_record
+  text = data.max_text_length // n
+  trained = flops.causal(model.llm, stream_length)
+  trained += n * flops.causal(model.llm, text, 1)
+  trained += n * text * flops.head(model.llm)
+  frozen = "^vision/" in config.optimizer.freeze
+  vision = flops.vision(model) * (1 if frozen else 3)
+  return data.batch_size * (3 * trained + vision)
 
 
 def _parts(ours: Ours, batch, repeats: int) -> dict[str, float]:
@@ -292,6 +382,8 @@ def report(results: list[Result]) -> str:
       row.append(f"{middle:.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
     rows.append([*row, f"{r.compile_seconds:.0f}"])
   speed = tables.markdown([*head, "vocojax compiles, s"], rows)
+  if torch.get_default_device().type == "cuda":
+    speed += "\n\n" + _gpu_table(results)
 
   rows = []
   for r in results:
@@ -306,20 +398,39 @@ def report(results: list[Result]) -> str:
   )
 
 
+def _gpu_table(results: list[Result]) -> str:
+  """Memory and, where the peak of the card is known, MFU."""
+  peak = _PEAKS.get(jax.devices()[0].device_kind)
+  sides = list(results[0].times)
+  head = ["size", "TFLOP of a step", *(f"{side} GiB" for side in sides)]
+  head += [f"{side} MFU" for side in sides if peak]
+  rows = []
+  for r in results:
+    rows.append([r.name, f"{r.operations / 1e12:.1f}"])
+    rows[-1] += [f"{r.bytes[side] / 2**30:.1f}" for side in sides]
+    if peak:
+      medians = [statistics.median(r.times[side]) for side in sides]
+      rows[-1] += [f"{r.operations / t / peak:.1%}" for t in medians]
+  return tables.markdown(head, rows)
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+  parser.add_argument("--sizes", nargs="+", choices=[*SIZES, *GPU_SIZES])
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--torch_compile", action="store_true")
+  hardware.add_flag(parser)
   args = parser.parse_args()
-  # Before the first JAX call, which starts a thread for every core it may use.
-  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
-  jax.config.update("jax_platforms", "cpu")
-  torch.set_num_threads(2)
+  hardware.use(args.platform)
+  if args.platform == "gpu":
+    torch.set_default_device("cuda")
+  else:
+    torch.set_num_threads(2)
   results = []
-  for name in args.sizes:
+  for name in args.sizes or (GPU_SIZES if args.platform == "gpu" else SIZES):
     print(f"{name} ...", flush=True)
-    results.append(measure(name, SIZES[name], args.repeats, args.torch_compile))
+    size = (SIZES | GPU_SIZES)[name]
+    results.append(measure(name, size, args.repeats, args.torch_compile))
   print("\n" + report(results) + "\n")
   tables.print_provenance("benchmarks.train_step", torch=torch.__version__)
 

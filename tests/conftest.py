@@ -12,8 +12,13 @@ import pytest
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 # Before the first JAX call, which fixes the devices of the process.
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
+if os.environ.get("VOCOJAX_TEST_PLATFORM") == "gpu":
+  jax.config.update("jax_platforms", "cuda")
+  # Not in TensorFloat-32, which has the eleven bits of half precision.
+  jax.config.update("jax_default_matmul_precision", "highest")
+else:
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", 8)
 
 
 @pytest.fixture(scope="session")
