@@ -51,12 +51,14 @@ def model(
   return VisionLanguageModel(model_config(overrides), tokens)
 
 
-# Compiling takes far longer than running here.
-QUICK_COMPILE = {
-  "xla_backend_optimization_level": 0,
-  "xla_llvm_disable_expensive_passes": True,
-  "xla_cpu_use_fusion_emitters": False,
-}
+# Compiling takes far longer than running here. XLA knows these on CPU alone.
+QUICK_COMPILE: dict = {}
+if jax.config.jax_platforms != "cuda":
+  QUICK_COMPILE.update(
+    xla_backend_optimization_level=0,
+    xla_llvm_disable_expensive_passes=True,
+    xla_cpu_use_fusion_emitters=False,
+  )
 
 
 def init(vlm: VisionLanguageModel, seed: int = 0) -> dict:

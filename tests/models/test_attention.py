@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.models import builders
-from vocojax.models import attention
+from vocojax.models import attention, layers
 
 TOLERANCE = 1e-5
 
@@ -64,6 +64,60 @@ def test_causal_in_blocks(T):
   for a, b in zip(*found, strict=True):
     scale = np.abs(b).max()
     np.testing.assert_allclose(a, b, atol=TOLERANCE * scale)
+
+
+_LENGTHS = [
+  (577, 577, True),
+  (578, 578, True),
+  (577, 577, False),
+  (3, 7, False),
+]
+
+
+def _half(monkeypatch, T, S):
+  """Arrays that cuDNN takes, and attention as a GPU runs it."""
+  monkeypatch.setattr(layers, "platform", lambda: "gpu")
+  rng = np.random.default_rng(0)
+  shapes = (2, T, 4, 16), (2, S, 2, 16), (2, S, 2, 16)
+  arrays = [jnp.asarray(rng.normal(size=x), jnp.bfloat16) for x in shapes]
+  return arrays, builders.model_config({"dtype": "bfloat16"})
+
+
+def _derive(attend):
+  return jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(attend(*x))), (0, 1, 2)))
+
+
+@pytest.mark.parametrize("T, S, causal", _LENGTHS)
+def test_cudnn_takes_all_lengths(T, S, causal, monkeypatch):
+  """Lowered for a GPU as far as that goes without one."""
+  module = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+  monkeypatch.setattr(module, "check_cudnn_version", lambda: 91200)
+  arrays, config = _half(monkeypatch, T, S)
+  attend = functools.partial(attention.attend, config=config, causal=causal)
+  lowered = _derive(attend).trace(*arrays).lower(lowering_platforms=("cuda",))
+  assert lowered.as_text().count("@__cudnn$fmha") == 2  # there and back
+
+
+@pytest.mark.parametrize("T, S, causal", _LENGTHS)
+def test_what_cudnn_is_given(T, S, causal, monkeypatch):
+  """XLA's attention of the same arguments, against the plain einsums."""
+  arrays, config = _half(monkeypatch, T, S)
+  real, called = jax.nn.dot_product_attention, []
+
+  def by_xla(*args, implementation, **more):
+    called.append(implementation)
+    return real(*args, implementation="xla", **more)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+  seen = np.tri(T, S) if causal else np.ones((T, S))
+  bias = attention.bias_from_mask(jnp.tile(jnp.asarray(seen > 0), (2, 1, 1)))
+  attend = functools.partial(attention.attend, config=config, causal=causal)
+  plain = functools.partial(attention.attend_with_bias, attention_bias=bias)
+  found = _derive(attend)(*arrays)
+  assert called == ["cudnn"]
+  for a, b in zip(found, _derive(plain)(*arrays), strict=True):
+    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    assert np.abs(a - b).max() <= 0.02 * np.abs(b).max()
 
 
 @functools.cache

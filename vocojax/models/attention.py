@@ -59,14 +59,35 @@ def attend(
       return _attend_cpu_causal(query, key, value)
     return _attend_cpu(query, key, value, mask)
   fits = mask is None and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
+  if chosen == "cudnn" and fits:
+    return _attend_cudnn(query, key, value, causal)
   return jax.nn.dot_product_attention(
     query,
     key,
     value,
     mask=None if mask is None else mask[:, None],
     is_causal=causal,
-    implementation=chosen if chosen == "cudnn" and fits else "xla",
+    implementation="xla",
   )
+
+
+def _attend_cudnn(query, key, value, causal: bool):
+  """By cuDNN, whose backward pass takes even lengths only: 577 becomes 578."""
+  B, T = query.shape[:2]
+  S = key.shape[1]
+
+  def even(x):
+    return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+
+  # Where it is causal, no row that is kept comes after the new key.
+  lengths = None if causal or S % 2 == 0 else jnp.full(B, S, jnp.int32)
+  out = jax.nn.dot_product_attention(
+    *map(even, (query, key, value)),
+    is_causal=causal,
+    key_value_seq_lengths=lengths,
+    implementation="cudnn",
+  )
+  return out[:, :T]
 
 
 def _splash(config: ModelConfig) -> Callable:
