@@ -5,8 +5,10 @@
 For each grid and seed, `full` is trained with all that learns; from there each
 method goes on for as many steps on the same data with the vision tower frozen.
 Runs that have a result are skipped, and one that was stopped goes on from its
-checkpoint. `launch/reproduce_small.sh` installs what this needs. Learning rates
-are chosen on images that no table is of:
+checkpoint. `launch/reproduce_small.sh` installs what this needs. If there is a
+GPU, the runs of all cores share it: XLA_PYTHON_CLIENT_PREALLOCATE=false leaves
+room for them, and JAX_COMPILATION_CACHE_DIR=DIR lets seeds share what is
+compiled. Learning rates are chosen on images that no table is of:
 
   for rate in 0.01 0.02 0.04; do
     python -m benchmarks.study --out=runs/rates/$rate --starts=runs/study \
@@ -35,10 +37,12 @@ from collections.abc import Sequence
 
 import tqdm
 
-from configs import gridvqa, gridvqa_start
 from vocojax.data import sources
 
 _START = "start"
+# Steps by cells of a side, of the start and then of a method. With a third of
+# those VoCo still learns fast on 3x3.
+_STEPS = {2: (800, 800), 3: (1600, 2400), 4: (1600, 2400)}
 # Seconds of a step, about, on one of two busy cores of an AMD EPYC, 2026-11-25.
 _SECONDS = {
   "start": 0.8,
@@ -132,6 +136,7 @@ class Run:
       f"--workdir={self.folder}",
       f"--config.seed={self.seed if self.method else 1000 + self.seed}",
       f"--config.data.grid_size={self.grid}",
+      f"--config.training.steps={self.steps}",
     ]
     results = self.folder / "evaluation"
     if self.method is None:
@@ -155,19 +160,22 @@ class Run:
     ]
 
   @property
+  def steps(self) -> int:
+    """Those of training, if no flag says otherwise."""
+    return _STEPS[self.grid][self.method is not None]
+
+  @property
   def done(self) -> bool:
     return all(result.is_file() for _, result in self.commands)
 
   @property
   def seconds(self) -> float:
     """About how long it takes."""
-    if self.method is None:
-      return gridvqa_start.get_config().training.steps * _SECONDS["start"]
-    kind = self.method.compressor
-    if "distilled" in self.method.name:
+    kind = self.method.compressor if self.method else "start"
+    if self.method and "distilled" in self.method.name:
       kind = "distill"
     kind = kind if kind in _SECONDS else "other"
-    return gridvqa.get_config().training.steps * _SECONDS[kind]
+    return self.steps * _SECONDS[kind]
 
 
 def plan(
@@ -285,7 +293,9 @@ def main() -> int:
     type=pathlib.Path,
     help="folder of a study whose starts are to be used",
   )
-  parser.add_argument("--grids", type=int, nargs="+", default=[2, 3])
+  parser.add_argument(
+    "--grids", type=int, nargs="+", choices=_STEPS, default=[2, 3]
+  )
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
   parser.add_argument(
     "--only", nargs="+", default=["*"], help="methods, such as full 'voco_*'"

@@ -75,6 +75,7 @@ SIZES = {
   "576_text_256": _PATCHES_576 | {"data.max_text_length": 256},
 }
 # A language model of 0.95 billion parameters after CLIP ViT-L/14-336, frozen.
+# Larger batches of both sides do not fit into 80 GB.
 _1B = {
   "model.dtype": "bfloat16",
   "model.scan_layers": True,
@@ -98,7 +99,7 @@ _1B = {
   "optimizer.freeze": ("^vision/",),
   "optimizer.learning_rate": 1e-4,
   "data.conversations_per_record": 4,
-  "data.batch_size": 8,
+  "data.batch_size": 4,
 }
 # The joint sequences are multiples of eight, as PyTorch's kernels like them.
 GPU_SIZES = {
