@@ -111,13 +111,15 @@ def test_only_and_errors(tmp_path):
 
 @pytest.mark.slow
 def test_a_small_study(tmp_path):
-  arguments = [
-    f"--out={tmp_path}",
-    *("--grids", "2", "--seeds", "0", "--only", "full", "blind"),
+  small = [
     "--config.training.steps=2",
     "--config.data.train_split=train[:64]",
     "--config.evaluation.max_records=8",
+    "--config.model.llm.num_hidden_layers=1",
+    "--config.model.vision.num_hidden_layers=1",
   ]
+  one = ["--grids", "2", "--seeds", "0", "--only", "blind"]
+  arguments = [f"--out={tmp_path}", *one, "full", *small]
   done = study_of(*arguments)
   assert done.returncode == 0, done.stderr
   folder = tmp_path / "grid2" / "seed0"
@@ -127,8 +129,7 @@ def test_a_small_study(tmp_path):
     assert result["total"] > 100 and result["step"] == 2
   # From the same start into another folder.
   elsewhere = tmp_path / "elsewhere"
-  flags = [*arguments[1:6], "blind", *arguments[-3:]]
-  done = study_of(f"--out={elsewhere}", f"--starts={tmp_path}", *flags)
+  done = study_of(f"--out={elsewhere}", f"--starts={tmp_path}", *one, *small)
   assert done.returncode == 0, done.stderr
   [run] = (elsewhere / "grid2" / "seed0").iterdir()
   assert run.name == "blind"
@@ -155,8 +156,7 @@ def test_a_small_study(tmp_path):
   # Nothing is begun without its start.
   broken = study_of(
     f"--out={tmp_path / 'broken'}",
-    *arguments[1:6],
-    "blind",
+    *one,
     "--config.data.train_split=nothing",
   )
   assert broken.returncode == 1
