@@ -83,6 +83,32 @@ if __name__ == "__main__":
   cli.run(main, "Names the platform.")
 """
 
+COMPILING = """
+import os
+import signal
+import threading
+import jax
+import jax.numpy as jnp
+from vocojax import cli
+
+
+def slow(x):
+  for i in range(200):
+    x = jnp.sort(jnp.sin(x * i) + x[::-1])
+  return x
+
+
+def main():
+  jax.config.update("jax_platforms", "cpu")
+  lowered = jax.jit(slow).lower(jnp.ones(64))
+  threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+  lowered.compile()
+
+
+if __name__ == "__main__":
+  cli.run(main, "Compiles for seconds.")
+"""
+
 CONFIG = """
 from configs import common
 
@@ -328,6 +354,15 @@ def test_interrupt_that_python_ignored(folder):
   with runs.interruptible():
     process = start(folder, "--config=good.py", "--workdir=ignored")
   _, err = process.communicate(timeout=60)
+  assert (process.returncode, err) == (130, "error: interrupted\n")
+
+
+def test_interrupt_while_compiling(folder):
+  """JAX frees its devices at exit, though XLA compiles for them."""
+  (folder / "compiling.py").write_text(COMPILING)
+  with runs.interruptible():
+    process = start(folder, program="compiling.py")
+  _, err = process.communicate(timeout=120)
   assert (process.returncode, err) == (130, "error: interrupted\n")
 
 
