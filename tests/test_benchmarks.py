@@ -116,8 +116,8 @@ def test_a_wrong_mask_is_noticed(spoil, monkeypatch):
 def test_a_wrong_update_is_noticed(change, monkeypatch):
   right = torch_voco.make_train_step
 
-  def wrong(model, config):
-    return right(model, dataclasses.replace(config, **change))
+  def wrong(model, config, *dtype):
+    return right(model, dataclasses.replace(config, **change), *dtype)
 
   monkeypatch.setattr(torch_voco, "make_train_step", wrong)
   first, *later = _errors()
