@@ -18,11 +18,11 @@ from tests import runs
 from vocojax.config import load_module, phases
 
 
-def study_of(*arguments):
+def study_of(*arguments, **env):
   return subprocess.run(
     [sys.executable, "-m", "benchmarks.study", *arguments],
     cwd=runs.ROOT,
-    env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    env=os.environ | {"PYTHONUNBUFFERED": "1"} | env,
     capture_output=True,
     text=True,
   )
@@ -118,9 +118,10 @@ def test_a_small_study(tmp_path):
     "--config.model.llm.num_hidden_layers=1",
     "--config.model.vision.num_hidden_layers=1",
   ]
+  small_study = functools.partial(study_of, **runs.cached(tmp_path))
   one = ["--grids", "2", "--seeds", "0", "--only", "blind"]
   arguments = [f"--out={tmp_path}", *one, "full", *small]
-  done = study_of(*arguments)
+  done = small_study(*arguments)
   assert done.returncode == 0, done.stderr
   folder = tmp_path / "grid2" / "seed0"
   for run, name in (("full", "full"), ("full", "lower"), ("blind", "blind")):
@@ -129,7 +130,7 @@ def test_a_small_study(tmp_path):
     assert result["total"] > 100 and result["step"] == 2
   # From the same start into another folder.
   elsewhere = tmp_path / "elsewhere"
-  done = study_of(f"--out={elsewhere}", f"--starts={tmp_path}", *one, *small)
+  done = small_study(f"--out={elsewhere}", f"--starts={tmp_path}", *one, *small)
   assert done.returncode == 0, done.stderr
   [run] = (elsewhere / "grid2" / "seed0").iterdir()
   assert run.name == "blind"
@@ -141,7 +142,7 @@ def test_a_small_study(tmp_path):
   (folder / "full" / "evaluation" / "lower.json").unlink()
   (folder / "blind" / "evaluation" / "blind.json").unlink()
   shutil.rmtree(folder / "blind" / "blind" / "checkpoints" / "2" / "params")
-  again = study_of(*arguments)
+  again = small_study(*arguments)
   assert again.returncode == 1
   assert again.stdout.startswith("2 of 3 runs are to be done")
   log = folder / "blind" / "log.txt"
@@ -154,7 +155,7 @@ def test_a_small_study(tmp_path):
   }
   assert changed == {"lower.json"}
   # Nothing is begun without its start.
-  broken = study_of(
+  broken = small_study(
     f"--out={tmp_path / 'broken'}",
     *one,
     "--config.data.train_split=nothing",
