@@ -80,9 +80,18 @@ def _torch_kl(teacher, student, vocab_size):
   return each.sum(-1).numpy()
 
 
+def _torch_losses(logits, batch, vocab_size):
+  """Cross-entropy [B, T] of the next token."""
+  logits = torch.tensor(np.asarray(logits))[..., :vocab_size].double()
+  targets = torch.tensor(np.asarray(_targets(batch))).long()
+  return torch.nn.functional.cross_entropy(
+    logits.movedim(-1, 1), targets, reduction="none"
+  ).numpy()
+
+
 def _check(found, expected, real):
   error = np.abs(found - expected)[real].max() / np.abs(expected)[real].max()
-  print(f"\nKL differs by {error:.1e} of the largest")
+  print(f"\ndiffers by {error:.1e} of the largest")
   assert error <= 1e-5
   # It is no small thing, nor the same everywhere.
   assert np.abs(expected)[real].max() > 0.3
@@ -93,7 +102,7 @@ def test_equals_pytorch_on_two_passes(case):
   overrides = CASES[case]
   vlm = _model(overrides)
   params, batch = _inputs(vlm)
-  losses, right, found = _compiled(vlm.distilled_losses)(
+  losses, right, found, own = _compiled(vlm.distilled_losses)(
     params, batch, _targets(batch)
   )
   taught, student = (
@@ -103,19 +112,21 @@ def test_equals_pytorch_on_two_passes(case):
   real = np.asarray(batch["segment_ids"]) > 0
   expected = _torch_kl(taught, student, vlm.config.llm.vocab_size)
   _check(np.asarray(found), expected, real)
+  losses_of_teacher = _torch_losses(taught, batch, vlm.config.llm.vocab_size)
+  _check(np.asarray(own), losses_of_teacher, real)
   # Text without images reads the same in both.
   blind = real & (np.asarray(batch["text_group_ids"]) == 0)
   assert blind.any() and np.abs(found)[blind].max() < 1e-5
-  own = _compiled(vlm.token_losses)(params, batch, _targets(batch))
-  np.testing.assert_allclose(losses[real], own[0][real], rtol=1e-5, atol=1e-5)
-  np.testing.assert_array_equal(right[real], own[1][real])
+  plain = _compiled(vlm.token_losses)(params, batch, _targets(batch))
+  np.testing.assert_allclose(losses[real], plain[0][real], rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(right[real], plain[1][real])
 
 
 def test_a_teacher_with_weights_of_its_own():
   vlm = _model({})
   params, batch = _inputs(vlm)
   other = builders.init(vlm, seed=1)
-  _, _, found = _compiled(vlm.distilled_losses)(
+  _, _, found, _ = _compiled(vlm.distilled_losses)(
     params, batch, _targets(batch), other
   )
   expected = _torch_kl(
@@ -225,7 +236,7 @@ def _place_the_text_elsewhere(monkeypatch):
 
 def _swap_teacher_and_student(monkeypatch):
   gap = head._add_gap
-  monkeypatch.setattr(head, "_add_gap", lambda t, a, b: gap(t, b, a))
+  monkeypatch.setattr(head, "_add_gap", lambda t, a, b, i: gap(t, b, a, i))
 
 
 @pytest.mark.parametrize(
@@ -241,5 +252,7 @@ def test_a_broken_teacher_is_noticed(break_it, monkeypatch):
     vlm.config.llm.vocab_size,
   )
   break_it(monkeypatch)
-  _, _, found = _compiled(vlm.distilled_losses)(params, batch, _targets(batch))
+  _, _, found, _ = _compiled(vlm.distilled_losses)(
+    params, batch, _targets(batch)
+  )
   assert np.abs(found - expected)[_REAL].max() > 1e-2

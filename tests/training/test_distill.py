@@ -35,10 +35,12 @@ def _one_step(model, accumulate=1, weight=WEIGHT, teacher=None, freeze=()):
 
 
 def _losses(model, params, teacher, batch):
-  """Mean cross-entropy and KL from whole logits of two passes."""
+  """Mean cross-entropy, KL and the teacher's, from logits of two passes."""
   loss, count = mean_loss(model, params, batch)
   overrides = K | {"compressor.name": "full", "attention": "bias"}
-  taught = builders.model(overrides).text_logits(teacher, batch)
+  full = builders.model(overrides)
+  teacher_loss, _ = mean_loss(full, teacher, batch)
+  taught = full.text_logits(teacher, batch)
   n = model.config.llm.vocab_size
   taught, own = (
     jax.nn.log_softmax(x[:, :-1, :n])
@@ -49,23 +51,33 @@ def _losses(model, params, teacher, batch):
     segments[:, 1:] == segments[:, :-1]
   )
   each = jnp.sum(jnp.exp(taught) * (taught - own), axis=-1)
-  return loss, jnp.sum(jnp.where(trained, each, 0)) / count
+  return loss, jnp.sum(jnp.where(trained, each, 0)) / count, teacher_loss
 
 
 def _by_hand(model, teacher_seed=None):
-  """Parameters after a step, cross-entropy and KL before it."""
+  """Parameters after a step, and the losses before it."""
   batch, params = batch_of(model), builders.init(model)
 
   def total(p):
     teacher = jax.lax.stop_gradient(p)
     if teacher_seed is not None:
       teacher = builders.init(model, teacher_seed)
-    loss, distance = _losses(model, p, teacher, batch)
-    return loss + WEIGHT * distance, (loss, distance)
+    found = _losses(model, p, teacher, batch)
+    return found[0] + WEIGHT * found[1], found
 
   (_, found), grads = jit(jax.value_and_grad(total, has_aux=True))(params)
   after = jax.tree.map(lambda p, g: p - 0.5 * np.asarray(g), params, grads)
-  return after, *map(float, found)
+  names = "loss", "distill_loss", "teacher_loss"
+  return after, dict(zip(names, map(float, found), strict=True))
+
+
+def _check(after, metrics, reference):
+  expected, found = reference
+  assert_close(after.params, expected)
+  for name, value in found.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
+  assert found["distill_loss"] > 0.1
+  assert abs(found["teacher_loss"] - found["loss"]) > 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -83,21 +95,14 @@ def reference():
   ],
 )
 def test_a_step_equals_that_of_whole_logits(reference, overrides, accumulate):
-  expected, loss, distance = reference
-  after, metrics = _one_step(builders.model(K | overrides), accumulate)
-  assert_close(after.params, expected)
-  np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
-  np.testing.assert_allclose(metrics["distill_loss"], distance, rtol=1e-5)
-  assert distance > 0.1
+  _check(*_one_step(builders.model(K | overrides), accumulate), reference)
 
 
 def test_a_step_with_another_teacher():
-  expected, loss, distance = _by_hand(builders.model(K), teacher_seed=1)
+  reference = _by_hand(builders.model(K), teacher_seed=1)
   model = builders.model(K)
-  after, metrics = _one_step(model, 2, teacher=builders.init(model, 1))
-  assert_close(after.params, expected)
-  np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
-  np.testing.assert_allclose(metrics["distill_loss"], distance, rtol=1e-5)
+  found = _one_step(model, 2, teacher=builders.init(model, 1))
+  _check(*found, reference)
 
 
 def test_without_weight_there_is_no_teacher(monkeypatch):
@@ -192,7 +197,8 @@ def test_a_run_that_teaches_itself(folder):
   assert _leaves(taught) != _leaves(plain)
   taught, plain = (runs.metrics(folder / "self" / str(i)) for i in range(2))
   assert all(
-    line.keys() - plain[0].keys() == {"distill_loss"} for line in taught
+    line.keys() - plain[0].keys() == {"distill_loss", "teacher_loss"}
+    for line in taught
   )
   assert all(line.keys() == plain[0].keys() for line in plain)
 

@@ -68,8 +68,7 @@ def token_losses(
     vocab_size: rows of the vocabulary that are not padding.
     chunk: about how many of them are scored at a time.
   """
-  losses, right, _ = _losses(x, kernel, targets, vocab_size, chunk, None)
-  return losses, right
+  return _losses(x, kernel, targets, vocab_size, chunk, None)[:2]
 
 
 def distilled_losses(
@@ -80,11 +79,16 @@ def distilled_losses(
   chunk: int,
   teacher_x: Float[Array, "B T D"],
   teacher_kernel: Float[Array, "D V"],
-) -> tuple[Float32[Array, "B T"], Bool[Array, "B T"], Float32[Array, "B T"]]:
-  """`token_losses`, and KL(teacher || student) of the next token, in nats.
+) -> tuple[
+  Float32[Array, "B T"],
+  Bool[Array, "B T"],
+  Float32[Array, "B T"],
+  Float32[Array, "B T"],
+]:
+  """`token_losses`, KL(teacher || student) and the teacher's own losses.
 
-  The teacher's logits too are made chunk by chunk. It gets no gradient, so what
-  led to `teacher_x` has no backward pass either.
+  Of the next token, in nats. The teacher's logits too are made chunk by chunk.
+  It gets no gradient, so what led to `teacher_x` has no backward pass either.
   """
   teacher = jax.lax.stop_gradient((teacher_x, teacher_kernel))
   return _losses(x, kernel, targets, vocab_size, chunk, teacher)
@@ -109,7 +113,7 @@ def _chunks(kernel: Float[Array, "D V"], chunk: int) -> Float[Array, "C D W"]:
 
 
 def _losses(x, kernel, targets, vocab_size, chunk, teacher):
-  """Losses, whether right, and divergence from the teacher if there is one."""
+  """Losses and whether right; of a teacher divergence and losses, or None."""
   chunks = _chunks(kernel, chunk)
   num_chunks, _, width = chunks.shape
   taught_chunks = teacher and _chunks(teacher[1], chunk)
@@ -132,12 +136,12 @@ def _losses(x, kernel, targets, vocab_size, chunk, teacher):
     found += jnp.sum(jnp.where(is_target, scores, 0.0), axis=-1)
     if teacher:
       right = _real(_product(teacher[0], taught_part), index, vocab_size)
-      taught = _add_gap(taught, right, scores)
+      taught = _add_gap(taught, right, scores, is_target)
     return ((new_highest, best, total, found), taught), None
 
   zeros = jnp.zeros(targets.shape, jnp.float32)
   running = (zeros - jnp.inf, jnp.zeros_like(targets), zeros, zeros)
-  running = running, teacher and (zeros - jnp.inf, zeros, zeros)
+  running = running, teacher and (zeros - jnp.inf, zeros, zeros, zeros)
   parts = (width * jnp.arange(num_chunks), chunks, taught_chunks)
   if num_chunks == 1:
     running, _ = add(running, jax.tree.map(lambda x: x[0], parts))
@@ -146,23 +150,27 @@ def _losses(x, kernel, targets, vocab_size, chunk, teacher):
     running, _ = jax.lax.scan(add, running, parts)
   (highest, best, total, found), taught = running
   normalizer = highest + jnp.log(total)
-  divergence = None
-  if teacher:
-    highest, total, gap = taught
-    divergence = gap / total - (highest + jnp.log(total)) + normalizer
-  return normalizer - found, best == targets, divergence
+  losses, right = normalizer - found, best == targets
+  if not teacher:
+    return losses, right, None, None
+  highest, total, gap, found = taught
+  taught_normalizer = highest + jnp.log(total)
+  divergence = gap / total - taught_normalizer + normalizer
+  return losses, right, divergence, taught_normalizer - found
 
 
-def _add_gap(taught, right, scores):
+def _add_gap(taught, right, scores, is_target):
   """What the teacher expects of its scores less the student's, in parts.
 
-  `taught` is its highest score so far, and the sums of its weights and of
-  weight times gap. KL is the mean gap, less the difference of normalizers.
+  `taught` is its highest score so far, the sums of its weights and of weight
+  times gap, and its score of the target. KL is the mean gap, less the
+  difference of normalizers.
   """
-  highest, total, gap = taught
+  highest, total, gap, found = taught
   new_highest = jnp.maximum(highest, jnp.max(right, axis=-1))
   weights = jnp.exp(right - new_highest[..., None])
   kept = jnp.exp(highest - new_highest)
   total = total * kept + jnp.sum(weights, axis=-1)
   gap = gap * kept + jnp.sum(weights * (right - scores), axis=-1)
-  return new_highest, total, gap
+  found += jnp.sum(jnp.where(is_target, right, 0.0), axis=-1)
+  return new_highest, total, gap, found

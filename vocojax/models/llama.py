@@ -258,8 +258,13 @@ class Llama:
     targets: Int[Array, "B T"],
     teacher_params,
     teacher_x: Float[Array, "B T D"],
-  ) -> tuple[Float32[Array, "B T"], Bool[Array, "B T"], Float32[Array, "B T"]]:
-    """`token_losses` and divergence; see `head.distilled_losses`."""
+  ) -> tuple[
+    Float32[Array, "B T"],
+    Bool[Array, "B T"],
+    Float32[Array, "B T"],
+    Float32[Array, "B T"],
+  ]:
+    """With final norm and head; see `head.distilled_losses`."""
 
     def normed(params, x):
       return self._norm.apply({"params": params["norm"]}, x)

@@ -183,7 +183,12 @@ class VisionLanguageModel:
     batch: dict[str, Shaped[Array, "B ..."]],
     targets: Int[Array, "B T"],
     teacher_params=None,
-  ) -> tuple[Float32[Array, "B T"], Bool[Array, "B T"], Float32[Array, "B T"]]:
+  ) -> tuple[
+    Float32[Array, "B T"],
+    Bool[Array, "B T"],
+    Float32[Array, "B T"],
+    Float32[Array, "B T"],
+  ]:
     """`token_losses`, and how far each token is from what a teacher foretells.
 
     The teacher sees all patches and gets no gradient. As it is now, this model
@@ -197,7 +202,8 @@ class VisionLanguageModel:
       teacher_params: of `self.teacher`, another model; None is this one.
 
     Returns:
-      Also KL(teacher || this model) of the next token, in nats.
+      Also KL(teacher || this model) of the next token, and the teacher's own
+      cross-entropy, in nats.
     """
     params = precision.read_all_but_layers(params)
     image_x = self._embed_slots(params, batch["images"])

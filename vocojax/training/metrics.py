@@ -19,8 +19,9 @@ class Sums:
   def __init__(
     self, values: dict[str, float] | None = None, distilled: bool = False
   ):
-    """Begins with `values`; `distilled` runs have a `distill_loss` too."""
-    self._per_token = ("loss", "distill_loss") if distilled else ("loss",)
+    """Begins with `values`; `distilled` runs have losses of a teacher too."""
+    of_teacher = ("distill_loss", "teacher_loss") if distilled else ()
+    self._per_token = ("loss", *of_teacher)
     self._keys = (*self._KEYS, *self._per_token[1:])
     self.values = dict.fromkeys(self._keys, 0.0) | {"bad_records": 0}
     self.values |= values or {}
@@ -32,7 +33,7 @@ class Sums:
   def add(self, metrics: dict[str, float]) -> None:
     """Adds the metrics of one step, and how full its batch was.
 
-    `loss` and `distill_loss` there are means over tokens.
+    All losses there are means over tokens.
     """
     sums = metrics | {
       k: metrics[k] * metrics["tokens"] for k in self._per_token

@@ -13,7 +13,8 @@ from vocojax.models.vlm import VisionLanguageModel
 from vocojax.training import losses, state
 from vocojax.training.state import TrainState
 
-PER_TOKEN = {"loss", "distill_loss"}  # metrics that are means over tokens
+# Metrics that are means over tokens.
+PER_TOKEN = {"loss", "distill_loss", "teacher_loss"}
 
 
 def init_state(
@@ -48,25 +49,28 @@ def make_train_step(
 
   With a `distill_weight`, so many times the divergence from a teacher (see
   `VisionLanguageModel.distilled_losses`) is trained on beside the cross-entropy
-  that `loss` still is. The divergence of a token is the metric `distill_loss`.
-  `teacher` are the parameters of another model, None is the model itself.
+  that `loss` still is. The divergence of a token is the metric `distill_loss`,
+  the teacher's own cross-entropy `teacher_loss`. `teacher` are the parameters
+  of another model, None is the model itself.
   """
 
   def loss_sum(slots, trained, frozen, batch, teacher):
     params = state.merge(precision.with_slots(trained, slots), frozen)
     targets = losses.next_tokens(batch["labels"], batch["segment_ids"])
     arguments = (params, batch, jnp.maximum(targets, 0))
-    divergence = None
+    of_teacher = {}
     if distill_weight:
-      each, right, divergence = model.distilled_losses(*arguments, teacher)
+      each, right, divergence, taught = model.distilled_losses(
+        *arguments, teacher
+      )
+      of_teacher = {"distill_loss": divergence, "teacher_loss": taught}
     else:
       each, right = model.token_losses(*arguments)
-    loss, counts = losses.sums(each, right, targets, batch["segment_ids"])
-    if divergence is None:
-      return loss, counts | {"loss": loss}
-    distill_loss = losses.trained_sum(divergence, targets)
-    sums = counts | {"loss": loss, "distill_loss": distill_loss}
-    return loss + distill_weight * distill_loss, sums
+    loss, sums = losses.sums(each, right, targets, batch["segment_ids"])
+    sums |= {"loss": loss} | {
+      k: losses.trained_sum(x, targets) for k, x in of_teacher.items()
+    }
+    return loss + distill_weight * sums.get("distill_loss", 0.0), sums
 
   def train_step(train_state: TrainState, batch, teacher=None):
     grad = jax.value_and_grad(
