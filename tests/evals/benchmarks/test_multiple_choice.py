@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import gzip
 import io
 import json
 import xml.etree.ElementTree as ET
@@ -134,6 +135,7 @@ def test_mmbench_wants_every_rotation(folder):
     "l2-category/l2 x": 100.0,
     "l2-category/l2 y": 100.0,
     "static": 100.0,
+    "few_rotations": 0.0,
     "not_inferred": 0.0,
   }
   one_rotation = right | {"2000001": "B"}
@@ -147,6 +149,13 @@ def test_mmbench_wants_every_rotation(folder):
   original = right | {"2": "A"}
   scores = dict(bench.score(original))
   assert scores["circular"] == 50 and scores["static"] == 50
+
+
+def test_mmbench_of_which_the_end_is_lost(folder):
+  bench = mmbench.english(mmbench_folder(folder, mmbench_rows()[:5]).path)
+  right = {q.id: q.reference["answer"] for q in bench.questions()}
+  scores = dict(bench.score(right))
+  assert (scores["circular"], scores["few_rotations"]) == (100, 50)
 
 
 def sheet(path):
@@ -194,6 +203,7 @@ def test_mmbench_names_bad_rows(folder):
     ([rows[0], rows[0]], r"tsv:3: id '1' a second time"),
     ([rows[0][:5]], r"tsv:2: not 14 cells"),
     ([(*rows[0], "more")], r"tsv:2: not 14 cells"),
+    ([rows[0], (*rows[4][:7], "", *rows[4][8:])], "no answer .* of index 2,"),
     ([rows[1]], "rotation 1000001 of a question that is not there"),
     ([("x", *rows[0][1:])], "index 'x', expected a number"),
   ]:
@@ -206,6 +216,10 @@ def test_mmbench_names_bad_rows(folder):
   header = ("id", *HEADER[1:])
   with pytest.raises(DataError, match="no column 'index', found id, question"):
     mmbench.english(mmbench_folder(folder, header=header).path)
+  path = folder.path / "mmbench_dev_20230712.tsv"
+  path.write_bytes(gzip.compress(path.read_bytes()))
+  with pytest.raises(DataError, match=r"tsv: not text .*; it is at https:"):
+    mmbench.english(folder.path)
 
 
 def seed_folder(folder):
@@ -282,6 +296,10 @@ def test_seed_files_must_agree(folder):
   path.write_text("".join(lines) + lines[0].replace("101", "105"))
   with pytest.raises(DataError, match=r"not '105' of the 5 in .*first rel"):
     SeedBench(folder.path)
+  known = json.loads((folder.path / "SEED-Bench.json").read_text())
+  folder.json("SEED-Bench.json", known | {"question_type": ["a type"]})
+  with pytest.raises(DataError, match=r"question_type: found list"):
+    SeedBench(folder.path)
 
 
 @pytest.mark.parametrize(
@@ -345,6 +363,14 @@ def test_scienceqa_asks_what_has_an_image(folder, tmp_path):
     "failed": pytest.approx(100 / 3),
   }
   assert sqa.write_submission(said, tmp_path) == []
+  for bad, words in [
+    ({"conversations": []}, "record 0: conversations are empty"),
+    ({"image": None}, "no question has an image"),
+  ]:
+    folder.json("llava_test_CQM-A.json", [asked[0] | bad])
+    with pytest.raises(DataError, match=words):
+      ScienceQa(folder.path)
+  folder.json("llava_test_CQM-A.json", asked)
   del problems["6"]
   folder.json("problems.json", problems)
   with pytest.raises(DataError, match="record 2: id '6' is not in"):

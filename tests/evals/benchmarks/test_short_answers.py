@@ -1,5 +1,6 @@
 """GQA and VQAv2 against values worked out by hand from the official rules."""
 
+import gzip
 import json
 
 import pytest
@@ -136,6 +137,19 @@ def test_gqa_names_what_is_wrong_with_its_files(folder):
   folder.text("data/testdev_balanced_questions.json", "{}")
   with pytest.raises(DataError, match=r"questions.json: is empty"):
     Gqa(folder.path)
+  for truth, words in [
+    (None, "1: found NoneType, expected an object"),
+    ({"answer": "a", "types": {"semantic": "x"}}, "no field 'structural'"),
+  ]:
+    truths = {str(i): truth for i in (201, 202, 203, 204)}
+    folder.json("data/testdev_balanced_questions.json", truths)
+    with pytest.raises(
+      DataError, match=rf"questions.json question 20.*{words}"
+    ):
+      Gqa(folder.path)
+  path.write_bytes(gzip.compress(good.encode()))
+  with pytest.raises(DataError, match=r"balanced.jsonl: not text .*eval.zip"):
+    Gqa(folder.path)
 
 
 @pytest.mark.parametrize(
@@ -270,12 +284,18 @@ def test_vqav2_val(folder, tmp_path):
 
 def test_vqav2_val_without_an_annotation(folder):
   vqa_val_folder(folder)
-  folder.json(
-    "v2_mscoco_val2014_annotations.json",
-    {"annotations": [{"question_id": 42000, "answers": []}]},
-  )
-  with pytest.raises(DataError, match="no annotation of question 42001"):
-    Vqav2Val(folder.path)
+  for answers, words in [
+    ([{"answer": "red"}], "no annotation of question 42001"),
+    ([], "question 42000: answers: found none"),
+    (["red"], "question 42000: answers: found str, expected an object"),
+    ([{"answer_id": 1}], "question 42000: answers: no field 'answer'"),
+  ]:
+    folder.json(
+      "v2_mscoco_val2014_annotations.json",
+      {"annotations": [{"question_id": 42000, "answers": answers}]},
+    )
+    with pytest.raises(DataError, match=words):
+      Vqav2Val(folder.path)
 
 
 def test_vqav2_hands_in_every_question_of_test(folder, tmp_path):

@@ -301,10 +301,17 @@ def test_refusing_one_answer_does_not_end_the_judging(serve, tmp_path):
 def test_a_server_that_refuses_all_is_not_asked_for_ever(serve, tmp_path):
   names = [f"answer {i}" for i in range(50)]
   stub = serve({name: [422] for name in names})
+  stub.script["of another benchmark"] = [YES]
   judge = make_judge(stub, tmp_path)
+  judge.verdicts([case("of another benchmark")])
   with pytest.raises(JudgeError, match="HTTP 422"):
     judge.verdicts([case(name) for name in names])
   assert 10 <= judge.calls < 20
+  # Those that are left when all others have a verdict may all be refused.
+  stub.script["fine"] = [YES]
+  judge.verdicts([case("fine")])
+  cases = [case(name) for name in ("fine", *names)]
+  assert judge.verdicts(cases)[1:] == [None] * 50
 
 
 def test_a_judge_that_takes_no_temperature(serve, tmp_path):
@@ -318,9 +325,38 @@ def test_a_judge_that_takes_no_temperature(serve, tmp_path):
   assert judge.describe(found)["temperatures"] is None
 
 
-def test_judge_needs_a_url(tmp_path):
-  with pytest.raises(JudgeError, match=r"URL 'localhost:80', expected .*http:"):
-    Judge(Server("localhost:80", "m"), tmp_path / "j.jsonl")
+def test_calls_under_way_when_the_temperature_is_refused(serve, tmp_path):
+  fixed = (400, b'{"error": {"message": "temperature does not support 0"}}')
+  names = "abcdef"
+  stub = serve({name: [fixed, YES] for name in names})
+  stub.gate = threading.Barrier(len(names))  # all are sent before a reply
+  judge = make_judge(stub, tmp_path, concurrency=len(names))
+  assert all(judge.verdicts([case(name) for name in names]))
+  assert judge.refused == 0
+
+
+@pytest.mark.parametrize(
+  "url", ["localhost:80", "http://[::1/v1", "http://here:port/v1", "http:///v1"]
+)
+def test_judge_needs_a_url(tmp_path, url):
+  with pytest.raises(JudgeError, match=r"URL '.*', expected .*http:"):
+    Judge(Server(url, "m"), tmp_path / "j.jsonl")
+
+
+@pytest.mark.parametrize("key", ["secret\n", "se cret", "sécret"])
+def test_a_key_that_no_header_can_hold_is_not_printed(tmp_path, key):
+  with pytest.raises(JudgeError, match=r"API key: found .* JUDGE_API_") as e:
+    Judge(Server("http://here/v1", "m", key), tmp_path / "j.jsonl")
+  assert "cret" not in str(e.value)
+
+
+def test_where_verdicts_cannot_be_kept(serve, tmp_path):
+  stub = serve({})
+  (tmp_path / "file").write_text("")
+  (tmp_path / "j.jsonl").mkdir()
+  for folder in (tmp_path / "file", tmp_path / "file" / "more", tmp_path):
+    with pytest.raises(JudgeError, match=r"j.jsonl: verdicts cannot be kept"):
+      make_judge(stub, folder)
 
 
 def test_server_that_stays_away_is_given_up(serve, tmp_path):

@@ -188,7 +188,7 @@ def test_mme_points(folder, tmp_path):
   # One of existence's four answers wrong: accuracy 75, accuracy+ 50.
   predictions["existence/1.jpg#2"] = "I think no"
   # Both of one OCR image wrong: 50 and 50.
-  predictions["OCR/0.jpg#1"] = "maybe"
+  predictions["OCR/0.jpg#1"] = "A  no"
   predictions["OCR/0.jpg#2"] = "No\tway\r\nout"
   # One of each image wrong: 50 and 0.
   predictions["code_reasoning/0.jpg#1"] = "yes"
@@ -206,8 +206,8 @@ def test_mme_points(folder, tmp_path):
     f"{subtask}.txt" for subtask in PERCEPTION + COGNITION
   }
   assert (tmp_path / "OCR.txt").read_text() == (
-    "0.txt\tIs it 0 not?  Please answer yes or no.\tNo\tmaybe\n"
-    "0.txt\tIs it 0? Please answer yes or no.\tYes\tNo way out\n"
+    "0.txt\tIs it 0 not?  Please answer yes or no.\tNo\tA  no\n"
+    "0.txt\tIs it 0? Please answer yes or no.\tYes\tNo way  out\n"
     "1.txt\tIs it 1 not?  Please answer yes or no.\tNo\tNo\n"
     "1.txt\tIs it 1? Please answer yes or no.\tYes\tYes\n"
   )
@@ -231,6 +231,9 @@ def test_mme_refuses_half_pairs_and_missing_parts(folder):
     Mme(folder.path)
   truth.write_text("Is it 0? Please answer yes or no. Yes\n")
   with pytest.raises(DataError, match=r"count/0.txt:1: found .* a tab"):
+    Mme(folder.path)
+  truth.write_bytes(b"\x1f\x8b\x08\xff")
+  with pytest.raises(DataError, match=r"count/0.txt: not text"):
     Mme(folder.path)
   truth.unlink()
   with pytest.raises(DataError, match=r"count/0.txt: no such file"):

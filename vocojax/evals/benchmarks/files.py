@@ -6,13 +6,14 @@ which a message about a missing or foreign file ends with.
 
 import base64
 import binascii
+import contextlib
 import csv
 import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from vocojax.errors import DataError
 
@@ -56,6 +57,21 @@ def read_json(path: pathlib.Path, kind: type, origin: str) -> Any:
   return value
 
 
+@contextlib.contextmanager
+def text_lines(path: pathlib.Path, origin: str) -> Iterator[TextIO]:
+  """A text file, whose lines end as they do.
+
+  Raises:
+    DataError: it is no UTF-8, such as a file that is still compressed, or no
+      table.
+  """
+  try:
+    with path.open(encoding="utf-8", newline="") as lines:
+      yield lines
+  except (UnicodeDecodeError, csv.Error) as e:
+    raise DataError(f"{path}: not text as expected ({e}); {origin}") from e
+
+
 def read_jsonl(
   path: pathlib.Path, fields: Iterable[str], origin: str
 ) -> Iterator[tuple[str, dict]]:
@@ -66,7 +82,7 @@ def read_jsonl(
       is no line.
   """
   fields, found = tuple(fields), False
-  with path.open(encoding="utf-8") as lines:
+  with text_lines(path, origin) as lines:
     for number, line in enumerate(lines, 1):
       if not line.strip():
         continue
@@ -110,7 +126,7 @@ def read_tsv(
   """
   # A cell may hold an image; the default limit is 128 KiB.
   csv.field_size_limit(2**31 - 1)
-  with path.open(encoding="utf-8", newline="") as lines:
+  with text_lines(path, origin) as lines:
     table = csv.DictReader(lines, delimiter="\t", restval=None)
     columns = list(table.fieldnames or ())
     for field in fields:

@@ -61,7 +61,14 @@ class Gqa:
         f"{known} question {id_}", truths[id_], ("answer", "types"), _GQA
       )
       add_unique(self._questions, id_, (line, truth), where)
+      with_fields(
+        f"{known} question {id_}: types",
+        truth["types"],
+        ("structural", "semantic"),
+        _GQA,
+      )
     for id_, truth in truths.items():
+      with_fields(f"{known} question {id_}", truth, (), _GQA)
       if truth.get("isBalanced", True) and id_ not in self._questions:
         raise DataError(
           f"{asked}: lacks question {id_!r} of {known}, expected all that are "

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from typing import Any
@@ -114,12 +115,18 @@ class Judge:
     """Reads the verdicts in the file `cache`, which is made if not there.
 
     Raises:
-      JudgeError: the URL is none, or the file holds something else.
+      JudgeError: the URL or the key is none, or the file holds something else
+        or cannot be written.
     """
-    if not server.url.startswith(("http://", "https://")):
+    if not _is_url(server.url):
       raise JudgeError(
         f"judge: URL {server.url!r}, expected one such as "
         "http://localhost:8000/v1"
+      )
+    if not re.fullmatch("[!-~]*", server.api_key):
+      raise JudgeError(
+        "judge: API key: found white space or characters beyond ASCII, perhaps "
+        "a line end; expected neither, set JUDGE_API_KEY without them"
       )
     self._server = server
     self._cache = cache
@@ -129,8 +136,16 @@ class Judge:
     self._complaint = ""  # the last reply that could not be used
     self.calls = self.cached = self.retries = self.malformed = 0
     self.refused = 0
-    if cache.exists():
-      self._read_cache()
+    self._gives_verdicts = False  # on some of the cases that are asked about
+    try:
+      cache.parent.mkdir(parents=True, exist_ok=True)
+      cache.open("a").close()
+    except OSError as e:  # now, and not after the first call that is paid for
+      raise JudgeError(
+        f"{cache}: verdicts cannot be kept there ({e.strerror}); give a folder "
+        "that can be written"
+      ) from e
+    self._read_cache()
 
   def _read_cache(self) -> None:
     content = self._cache.read_bytes()
@@ -167,7 +182,9 @@ class Judge:
       for key, case in zip(keys, cases, strict=True)
       if key not in self._verdicts
     }
-    self.cached += len(dict.fromkeys(keys)) - len(new)
+    known = len(dict.fromkeys(keys)) - len(new)
+    self.cached += known
+    self._gives_verdicts = known > 0
     pool = concurrent.futures.ThreadPoolExecutor(self._server.concurrency)
     try:
       futures = [pool.submit(self._judge, *item) for item in new.items()]
@@ -217,7 +234,7 @@ class Judge:
         with self._lock:
           self.refused += 1
           self._complaint = str(e)
-          if self.refused >= _MOST_REFUSED and not self._verdicts:
+          if self.refused >= _MOST_REFUSED and not self._gives_verdicts:
             raise self._error(str(e)) from e
         return
       found = parse_verdict(reply)
@@ -239,7 +256,7 @@ class Judge:
     line = json.dumps(entry | dataclasses.asdict(verdict)) + "\n"
     with self._lock:
       self._verdicts[key] = verdict
-      self._cache.parent.mkdir(parents=True, exist_ok=True)
+      self._gives_verdicts = True
       with self._cache.open("a", encoding="utf-8") as file:
         file.write(line)
 
@@ -252,16 +269,18 @@ class Judge:
     for attempt in range(1, self._server.attempts + 1):
       with self._lock:
         self.calls += 1
+        temperatures = self._temperatures
+      temperature = temperatures[further] if temperatures else None
       try:
-        return self._call(case, further)
+        return self._call(case, temperature)
       except urllib.error.HTTPError as e:
         said = " ".join(e.read(1000).decode(errors="replace").split())
         e.close()
         reason = f"HTTP {e.code} {e.reason} {said[:200]}".rstrip()
         passing = e.code in _PASSING or e.code >= 500
         after = e.headers.get("Retry-After", "")
-        if e.code == 400 and "temperature" in said and self._temperatures:
-          # Some judges have only their own.
+        if e.code == 400 and "temperature" in said and temperatures:
+          # Some judges have only their own. Other calls may be under way.
           self._temperatures, passing, after = None, True, ""
         elif e.code in _REFUSALS:
           raise _Refused(reason) from e
@@ -276,13 +295,13 @@ class Judge:
       wait *= 2
     raise AssertionError("unreachable")
 
-  def _call(self, case: tuple[str, str, str], further: int) -> str:
+  def _call(self, case: tuple[str, str, str], temperature: float | None) -> str:
     body: dict[str, Any] = {
       "model": self._server.model,
       "messages": _messages(case),
     }
-    if self._temperatures:
-      body["temperature"] = self._temperatures[further]
+    if temperature is not None:
+      body["temperature"] = temperature
     headers = {"Content-Type": "application/json"}
     if self._server.api_key:
       headers["Authorization"] = f"Bearer {self._server.api_key}"
@@ -298,6 +317,15 @@ class Judge:
       return str(message["content"] or "")
     except (ValueError, LookupError, TypeError) as e:
       raise _NoReply(f"no chat completion: {content[:80]!r}") from e
+
+
+def _is_url(text: str) -> bool:
+  try:
+    parts = urllib.parse.urlsplit(text)
+    _ = parts.port  # read only now
+  except ValueError:
+    return False
+  return parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
 class _NoReply(Exception):

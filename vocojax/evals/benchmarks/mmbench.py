@@ -70,9 +70,15 @@ class MmBench:
         raise DataError(
           f"{self.files[0]}: rotation {index} of a question that is not there"
         )
-    self._scored = all(row.get("answer") for row in self._rows.values())
+    secret = [i for i, row in self._rows.items() if not row.get("answer")]
+    self._scored = not secret
     if not self._scored:
       self.headline = ""
+    if 0 < len(secret) < len(self._rows):
+      raise DataError(
+        f"{self.files[0]}: no answer in the row of index {secret[0]}, though "
+        f"others have one; {_ORIGIN}"
+      )
 
   def _table(self) -> Iterator[tuple[str, dict[str, str]]]:
     columns = ("index", "image", "question", "hint", "A", "B")
@@ -94,7 +100,9 @@ class MmBench:
   def score(self, predictions: Mapping[str, str]) -> Iterator[Score]:
     """Circular, also by category and ability; static; what was not inferred.
 
-    `static` judges the questions in their first order alone.
+    `static` judges the questions in their first order alone. `few_rotations`
+    are questions, in percent, with fewer rows than options: if the file was
+    cut, `circular` is too high.
     """
     if not self._scored:
       return
@@ -123,6 +131,11 @@ class MmBench:
     yield from accuracies(results(), "circular")
     first = [right[index] for index in originals]
     yield "static", 100 * sum(first) / len(first)
+    few = [
+      len(groups[index]) < len(_options(self._rows[index]))
+      for index in originals
+    ]
+    yield "few_rotations", 100 * sum(few) / len(few)
     yield "not_inferred", 100 * list(said.values()).count("") / len(said)
 
   def write_submission(

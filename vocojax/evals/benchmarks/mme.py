@@ -12,7 +12,12 @@ from vocojax.evals.benchmarks.base import (
   Score,
   image_file,
 )
-from vocojax.evals.benchmarks.files import LLAVA_EVAL, data_file, read_jsonl
+from vocojax.evals.benchmarks.files import (
+  LLAVA_EVAL,
+  data_file,
+  read_jsonl,
+  text_lines,
+)
 
 PERCEPTION = (
   *("existence", "count", "position", "color", "posters", "celebrity"),
@@ -113,7 +118,7 @@ class Mme:
     right = collections.defaultdict(list)
     for (subtask, _), pair in self._images.items():
       answers = [
-        yes_no_other(predictions[id_]) == line["answer"].lower()
+        yes_no_other(_cell(predictions[id_])) == line["answer"].lower()
         for id_, line in pair.items()
       ]
       right[subtask].append(sum(answers))
@@ -133,13 +138,13 @@ class Mme:
   ) -> list[pathlib.Path]:
     """Writes what the official calculation.py reads: SUBTASK.txt each.
 
-    A line is file, question, answer and prediction; white space in a
-    prediction, which could break it, becomes single spaces.
+    A line is file, question, answer and prediction, in which tabs and line
+    ends, which would break it, are spaces; so they are for `score`.
     """
     texts = collections.defaultdict(list)
     for (subtask, file), pair in self._images.items():
       for id_, line in pair.items():
-        said = " ".join(predictions[id_].split())
+        said = _cell(predictions[id_])
         cells = (file, line["question"], line["answer"], said)
         texts[subtask].append("\t".join(cells) + "\n")
     paths = []
@@ -157,6 +162,10 @@ def yes_no_other(answer: str) -> str:
   return "no" if "no" in start else "other"
 
 
+def _cell(text: str) -> str:
+  return text.translate(dict.fromkeys(map(ord, "\t\r\n"), " "))
+
+
 def _bare(question: str) -> str:
   """A question without what was added to it.
 
@@ -168,7 +177,7 @@ def _bare(question: str) -> str:
 
 def _answers(path: pathlib.Path) -> Iterator[tuple[str, tuple[str, str]]]:
   """(bare question, (question, answer)) of every line."""
-  with path.open(encoding="utf-8") as lines:
+  with text_lines(path, _MME) as lines:
     for number, line in enumerate(lines, 1):
       if not line.strip():
         continue

@@ -58,8 +58,10 @@ class ScienceQa:
     for i, entry in enumerate(read_json(asked, list, LLAVA_EVAL)):
       where = f"{asked} record {i}"
       with_fields(where, entry, ("id", "conversations"), LLAVA_EVAL)
-      if "image" not in entry:
+      if entry.get("image") is None:
         continue
+      if not entry["conversations"]:
+        raise DataError(f"{where}: conversations are empty; {LLAVA_EVAL}")
       id_ = str(entry["id"])
       if id_ not in problems:
         raise DataError(f"{where}: id {id_!r} is not in {known}; {_SQA}")

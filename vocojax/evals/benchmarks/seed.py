@@ -55,6 +55,7 @@ class SeedBench:
       add_unique(lines, str(line["question_id"]), line, where)
     content = read_json(known, dict, _SEED)
     with_fields(str(known), content, ("questions", "question_type"), _SEED)
+    with_fields(f"{known} question_type", content["question_type"], (), _SEED)
     self._types = {id_: name for name, id_ in content["question_type"].items()}
     self._questions: dict[str, tuple[dict, dict]] = {}
     fields = ("question_id", "answer", "data_type", "question_type_id")

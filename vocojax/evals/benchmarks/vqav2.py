@@ -116,6 +116,12 @@ class Vqav2Val:
         raise DataError(
           f"{known}: no annotation of question {id_}; take both files of val"
         )
+      answers = truths[id_]["answers"]
+      where = f"{known} question {id_}: answers"
+      if not answers:
+        raise DataError(f"{where}: found none; {_VQA}")
+      for answer in answers:
+        with_fields(where, answer, ("answer",), _VQA)
       self._questions[id_] = entry, truths[id_]
 
   def questions(self) -> Iterator[Question]:
