@@ -235,8 +235,8 @@ def _place_the_text_elsewhere(monkeypatch):
 
 
 def _swap_teacher_and_student(monkeypatch):
-  gap = head._add_gap
-  monkeypatch.setattr(head, "_add_gap", lambda t, a, b, i: gap(t, b, a, i))
+  add = head._add_teacher
+  monkeypatch.setattr(head, "_add_teacher", lambda t, a, b, i: add(t, b, a, i))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,15 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 _LANES = 128  # a TPU computes so many columns at once
 
+# Of each token: cross-entropy, whether its target is the likeliest,
+# KL(teacher || student), and the teacher's cross-entropy; in nats.
+DistilledLosses = tuple[
+  Float32[Array, "B T"],
+  Bool[Array, "B T"],
+  Float32[Array, "B T"],
+  Float32[Array, "B T"],
+]
+
 
 def logits(
   x: Float[Array, "... D"], kernel: Float[Array, "D V"], vocab_size: int
@@ -79,12 +88,7 @@ def distilled_losses(
   chunk: int,
   teacher_x: Float[Array, "B T D"],
   teacher_kernel: Float[Array, "D V"],
-) -> tuple[
-  Float32[Array, "B T"],
-  Bool[Array, "B T"],
-  Float32[Array, "B T"],
-  Float32[Array, "B T"],
-]:
+) -> DistilledLosses:
   """`token_losses`, KL(teacher || student) and the teacher's own losses.
 
   Of the next token, in nats. The teacher's logits too are made chunk by chunk.
@@ -136,7 +140,7 @@ def _losses(x, kernel, targets, vocab_size, chunk, teacher):
     found += jnp.sum(jnp.where(is_target, scores, 0.0), axis=-1)
     if teacher:
       right = _real(_product(teacher[0], taught_part), index, vocab_size)
-      taught = _add_gap(taught, right, scores, is_target)
+      taught = _add_teacher(taught, right, scores, is_target)
     return ((new_highest, best, total, found), taught), None
 
   zeros = jnp.zeros(targets.shape, jnp.float32)
@@ -159,8 +163,8 @@ def _losses(x, kernel, targets, vocab_size, chunk, teacher):
   return losses, right, divergence, taught_normalizer - found
 
 
-def _add_gap(taught, right, scores, is_target):
-  """What the teacher expects of its scores less the student's, in parts.
+def _add_teacher(taught, right, scores, is_target):
+  """Adds a chunk to what makes up KL and the teacher's cross-entropy.
 
   `taught` is its highest score so far, the sums of its weights and of weight
   times gap, and its score of the target. KL is the mean gap, less the

@@ -258,12 +258,7 @@ class Llama:
     targets: Int[Array, "B T"],
     teacher_params,
     teacher_x: Float[Array, "B T D"],
-  ) -> tuple[
-    Float32[Array, "B T"],
-    Bool[Array, "B T"],
-    Float32[Array, "B T"],
-    Float32[Array, "B T"],
-  ]:
+  ) -> head.DistilledLosses:
     """With final norm and head; see `head.distilled_losses`."""
 
     def normed(params, x):

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped, UInt8
 
 from vocojax.config import ModelConfig
-from vocojax.models import attention, layers, masks, precision
+from vocojax.models import attention, head, layers, masks, precision
 from vocojax.models.cache import ImageKeyValues, TextCache
 from vocojax.models.clip import ClipVision
 from vocojax.models.compressors import (
@@ -183,12 +183,7 @@ class VisionLanguageModel:
     batch: dict[str, Shaped[Array, "B ..."]],
     targets: Int[Array, "B T"],
     teacher_params=None,
-  ) -> tuple[
-    Float32[Array, "B T"],
-    Bool[Array, "B T"],
-    Float32[Array, "B T"],
-    Float32[Array, "B T"],
-  ]:
+  ) -> head.DistilledLosses:
     """`token_losses`, and how far each token is from what a teacher foretells.
 
     The teacher sees all patches and gets no gradient. As it is now, this model
