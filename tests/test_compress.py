@@ -215,7 +215,8 @@ def stop_midway(tmp_path, start, signal_number, count, *arguments):
     store = tmp_path / f"store{i}"
     process = start(store, *arguments)
     wait_for_entries(process, store, count)
-    os.killpg(process.pid, signal_number)
+    if process.poll() is None:
+      os.killpg(process.pid, signal_number)
     printed = process.communicate(timeout=60)
     assert process.returncode != 2, printed
     if process.returncode and len(entries(store)) < MANY:
