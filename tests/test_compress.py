@@ -201,33 +201,38 @@ def start(folder):
 
 def wait_for_entries(process, store, count):
   end = time.monotonic() + 200
-  while len(entries(store)) < count and process.poll() is None:
+  while process.poll() is None and len(entries(store)) < count:
     assert time.monotonic() < end
     time.sleep(0.002)
+  assert len(entries(store)) >= count, process.stderr.read()
 
 
-def stop_midway(tmp_path, start, signal_number, count, *arguments):
-  """The store of a run stopped in its midst, the run and what it printed.
+def signal_midway(tmp_path, start, number, count, *arguments):
+  """Store, exit status, stdout and stderr of a run that got a signal midway.
 
-  On a busy machine a run may be done before the signal comes: then again.
+  It is held while its entries are counted. On a busy machine it may have been
+  past the middle by then; then another run is held.
   """
   for i in range(8):
     store = tmp_path / f"store{i}"
     process = start(store, *arguments)
     wait_for_entries(process, store, count)
     if process.poll() is None:
-      os.killpg(process.pid, signal_number)
-    printed = process.communicate(timeout=60)
-    assert process.returncode != 2, printed
-    if process.returncode and len(entries(store)) < MANY:
-      return store, process.returncode, *printed
-  raise AssertionError(f"8 runs ended before they were stopped: {printed}")
+      os.killpg(process.pid, signal.SIGSTOP)
+    if len(entries(store)) > MANY // 2:
+      continue
+    assert process.returncode is None, process.stderr.read()
+    os.killpg(process.pid, number)
+    os.killpg(process.pid, signal.SIGCONT)
+    out, err = process.communicate(timeout=60)
+    return store, process.returncode, out, err
+  raise AssertionError("8 runs were past the middle before they were held")
 
 
 def test_killed_and_resumed(tmp_path, folder, start, program, whole):
   """The second run compresses what the first did not store, and only that."""
-  store, status, _, _ = stop_midway(tmp_path, start, signal.SIGKILL, 30)
-  assert status == -signal.SIGKILL
+  store, status, _, err = signal_midway(tmp_path, start, signal.SIGKILL, 30)
+  assert status == -signal.SIGKILL, err
   before = contents(store)
   assert 30 <= len(before) < MANY
   status, out, _ = program(folder / "many", store)
@@ -243,7 +248,7 @@ def test_killed_and_resumed(tmp_path, folder, start, program, whole):
 def test_interrupted_and_resumed(
   tmp_path, folder, start, program, whole, workers
 ):
-  store, status, out, err = stop_midway(
+  store, status, out, err = signal_midway(
     tmp_path, start, signal.SIGINT, 20, f"--num_workers={workers}"
   )
   assert status == 130, err
