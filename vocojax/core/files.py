@@ -1,0 +1,407 @@
+"""Files of others, read; files of ours, written whole. Read next: errors.py.
+
+The one reader of JSON, the one reader of text, and the one rule for a name that
+comes from a file and becomes a path. What is wrong with a file becomes a
+`UserError` with the file's name, of the class that the caller chooses.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import pathlib
+import re
+import stat
+from collections.abc import Iterator
+from typing import Any, BinaryIO, TypeVar
+
+from vocojax.errors import DataError, UserError, one_line, shorten
+
+T = TypeVar("T")
+Errors = type[UserError]
+
+_NAMES = {
+  dict: "an object",
+  list: "a list",
+  str: "text",
+  int: "a whole number",
+  float: "a number",
+  bool: "true or false",
+  type(None): "null",
+}
+# Of files that are read whole. LLaVA's largest JSON file has 1.0 GiB.
+MAX_BYTES = 2**33
+
+
+def open_regular(
+  path: str | os.PathLike, error: Errors = DataError
+) -> BinaryIO:
+  """Opens a regular file for reading; a pipe or device is refused at once.
+
+  Symlinks are followed.
+
+  Raises:
+    UserError: of class `error`; there is no such file, it may not be read, or
+      it is not a regular file.
+  """
+  path = os.fspath(path)
+  try:
+    # Without O_NONBLOCK, opening a pipe waits for someone to write to it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+  except (FileNotFoundError, NotADirectoryError) as e:
+    raise error(
+      path, "no such file", "a file", "check the path and the folder it is in"
+    ) from e
+  except OSError as e:
+    raise error(
+      path, e.strerror or str(e), "a readable file", "check its permissions"
+    ) from e
+  except ValueError as e:  # a NUL or a lone surrogate
+    raise error(path, str(e), "the path of a file", "correct the path") from e
+  if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    kind = _kind(os.fstat(descriptor).st_mode)
+    os.close(descriptor)
+    raise error(path, kind, "a regular file", "name the file itself")
+  return open(descriptor, "rb")
+
+
+def _kind(mode: int) -> str:
+  for test, name in (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+  ):
+    if test(mode):
+      return name
+  return "a device"
+
+
+def read_bytes(
+  path: str | os.PathLike, error: Errors = DataError, limit: int = MAX_BYTES
+) -> bytes:
+  """All bytes of a regular file, at most `limit` of them.
+
+  Raises:
+    UserError: of class `error`; as `open_regular`, or the file is larger.
+  """
+  with open_regular(path, error) as file:
+    size = os.fstat(file.fileno()).st_size
+    if size > limit:
+      raise error(
+        os.fspath(path),
+        f"{size:,} bytes",
+        f"at most {limit:,}",
+        "check that it is the right file",
+      )
+    try:
+      return file.read()
+    except OSError as e:
+      raise error(
+        os.fspath(path),
+        e.strerror or str(e),
+        "a readable file",
+        "copy it again",
+      ) from e
+
+
+def read_text(
+  path: str | os.PathLike, error: Errors = DataError, limit: int = MAX_BYTES
+) -> str:
+  """The text of a UTF-8 file, with or without a byte-order mark.
+
+  Raises:
+    UserError: of class `error`; as `read_bytes`, or it is not UTF-8.
+  """
+  return decode(read_bytes(path, error, limit), path, error)
+
+
+def decode(data: bytes, where: Any, error: Errors = DataError) -> str:
+  """UTF-8 bytes as text, with or without a byte-order mark.
+
+  Raises:
+    UserError: of class `error`; the bytes are not UTF-8.
+  """
+  try:
+    return data.decode("utf-8-sig")
+  except UnicodeDecodeError as e:
+    raise error(
+      where,
+      f"byte 0x{data[e.start]:02x} at offset {e.start}",
+      "UTF-8 text",
+      "save the file as UTF-8",
+    ) from e
+
+
+def read_json(
+  path: str | os.PathLike,
+  kind: type[T] | tuple[type, ...] = dict,
+  error: Errors = DataError,
+  limit: int = MAX_BYTES,
+) -> T:
+  """The value in a JSON file, which must be of type `kind`.
+
+  Raises:
+    UserError: of class `error`; as `read_bytes` and `parse_json`.
+  """
+  return parse_json(read_bytes(path, error, limit), path, kind, error)
+
+
+def parse_json(
+  data: bytes | str,
+  where: Any,
+  kind: type[T] | tuple[type, ...] = dict,
+  error: Errors = DataError,
+) -> T:
+  """The value of a JSON text, which must be of type `kind`.
+
+  Stricter than Python: a key that stands twice in an object, NaN, Infinity,
+  numbers beyond float64 and lone surrogates are refused, too.
+
+  Example:
+    >>> parse_json(b'{"a": 1}', "a.json")
+    {'a': 1}
+
+  Args:
+    data: UTF-8 bytes, with or without a byte-order mark, or text.
+    where: what to call the text in errors.
+    kind: the type (or types) that the value must have.
+    error: the class of error to raise.
+
+  Raises:
+    UserError: of class `error`; the text is not JSON or holds another type.
+  """
+  text = decode(data, where, error) if isinstance(data, bytes) else data
+  try:
+    value = _DECODER.decode(text)
+  except json.JSONDecodeError as e:
+    raise error(
+      where,
+      f"{e.msg} at line {e.lineno}, column {e.colno}",
+      "JSON",
+      "correct the file, or write or download it again",
+    ) from e
+  except RecursionError as e:
+    raise error(
+      where, "lists or objects nested too deep", "JSON", "correct the file"
+    ) from e
+  except ValueError as e:  # a number of too many digits, a key twice
+    raise error(where, str(e), "JSON", "correct the file") from e
+  if re.search(r"\\u[dD][89a-fA-F]", text):
+    _refuse_surrogates(value, where, error)
+  return check_kind(value, where, kind, error)
+
+
+def check_kind(
+  value: Any,
+  where: Any,
+  kind: type[T] | tuple[type, ...],
+  error: Errors = DataError,
+) -> T:
+  """Returns a value that was read from JSON if it is of type `kind`.
+
+  A whole number passes as `float`; true and false pass as `bool` only.
+
+  Raises:
+    UserError: of class `error`; the value is of another type.
+  """
+  kinds = kind if isinstance(kind, tuple) else (kind,)
+  if object in kinds or type(value) in kinds:
+    return value
+  if float in kinds and type(value) is int:
+    return value  # type: ignore[return-value]
+  names = " or ".join(_NAMES.get(k, k.__name__) for k in kinds)
+  raise error(where, shorten(value), names, "correct it")
+
+
+_REQUIRED = object()
+
+
+def get_field(
+  values: dict,
+  key: str,
+  kind: type[T] | tuple[type, ...],
+  where: Any,
+  error: Errors = DataError,
+  default: Any = _REQUIRED,
+) -> T:
+  """`values[key]`, which must be of type `kind`; `default` where it lacks.
+
+  Example:
+    >>> get_field({"id": 3}, "id", int, "record 0")
+    3
+
+  Raises:
+    UserError: of class `error`; the key is missing and there is no default, or
+      the value is of another type.
+  """
+  if key not in values:
+    if default is not _REQUIRED:
+      return default
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    names = " or ".join(_NAMES.get(k, k.__name__) for k in kinds)
+    raise error(f"{where}: field {key}", "nothing", names, "add it")
+  return check_kind(values[key], f"{where}: field {key}", kind, error)
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  result = dict(pairs)
+  if len(result) < len(pairs):
+    keys = [key for key, _ in pairs]
+    twice = next(key for key in keys if keys.count(key) > 1)
+    raise ValueError(f"the key {shorten(twice)} twice in one object")
+  return result
+
+
+def _no_constant(name: str) -> Any:
+  raise ValueError(f"the number {name}")
+
+
+def _finite(text: str) -> float:
+  value = float(text)
+  if value in (float("inf"), float("-inf")):
+    raise ValueError(f"the number {shorten(text)}, beyond float64")
+  return value
+
+
+_DECODER = json.JSONDecoder(
+  object_pairs_hook=_no_repeats,
+  parse_constant=_no_constant,
+  parse_float=_finite,
+)
+
+
+def _refuse_surrogates(value: Any, where: Any, error: Errors) -> None:
+  """Raises if any text in a JSON value cannot be written as UTF-8."""
+  pending = [value]
+  while pending:
+    found = pending.pop()
+    if isinstance(found, dict):
+      pending += [*found.keys(), *found.values()]
+    elif isinstance(found, list):
+      pending += found
+    elif isinstance(found, str):
+      refuse_surrogates(found, where, error)
+
+
+def refuse_surrogates(text: str, where: Any, error: Errors = DataError) -> None:
+  """Raises if a text cannot be written as UTF-8.
+
+  Raises:
+    UserError: of class `error`.
+  """
+  try:
+    text.encode()
+  except UnicodeEncodeError as e:
+    raise error(
+      where,
+      f"half of a surrogate pair ({shorten(text[e.start])})",
+      "text that UTF-8 can hold",
+      "write the whole character",
+    ) from e
+
+
+def path_inside(
+  folder: str | os.PathLike,
+  name: str,
+  where: Any,
+  error: Errors = DataError,
+) -> pathlib.Path:
+  """The path of `name` in `folder`: the rule for names that come from a file.
+
+  The check is lexical: `name` may not lead out of `folder` by being absolute or
+  by `..`. Symlinks inside the folder are followed when the file is opened. An
+  absolute name that lies in `folder` is fine; in the folder `/` every one does.
+
+  Example:
+    >>> path_inside("images", "coco/../a.png", "record 0")
+    PosixPath('images/a.png')
+
+  Raises:
+    UserError: of class `error`; the name is empty, leads out of `folder`, or
+      no file can have it.
+  """
+  folder = os.fspath(folder)
+  what = f"a path inside {folder}"
+  refuse_surrogates(name, where, error)
+  if not name.strip() or "\0" in name:
+    raise error(where, shorten(name), what, "correct the path")
+  inner = os.path.normpath(name)
+  if os.path.isabs(inner):
+    inner = os.path.relpath(inner, os.path.abspath(folder))
+  if inner.split(os.sep)[0] in (os.pardir, os.curdir):
+    raise error(
+      where,
+      shorten(name),
+      what,
+      "correct the path, or name a folder that holds it",
+    )
+  return pathlib.Path(folder, inner)
+
+
+def file_name(name: str, where: Any, error: Errors = DataError) -> str:
+  """Returns `name` if it is a plain file name: no folders, no `..`.
+
+  Raises:
+    UserError: of class `error`; it is anything else.
+  """
+  path = path_inside(".", name, where, error)
+  if path.name != name:
+    raise error(where, shorten(name), "a plain file name", "correct the name")
+  return name
+
+
+def write_atomic(
+  path: str | os.PathLike, data: bytes | str, error: Errors = UserError
+) -> None:
+  """Writes a file whole: after a crash the old or the new one is there.
+
+  Raises:
+    UserError: of class `error`; the disk is full or the folder read-only.
+      Nothing is left of what was written.
+  """
+  path = pathlib.Path(path)
+  part = path.with_name(f"{path.name}.part")
+  with storage(path, error):
+    try:
+      with part.open("wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+      os.replace(part, path)
+    except BaseException:
+      with contextlib.suppress(OSError):
+        part.unlink(missing_ok=True)
+      raise
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextlib.contextmanager
+def storage(
+  path: str | os.PathLike, error: Errors = UserError
+) -> Iterator[None]:
+  """Turns an OSError of writing into one line about `path` and the remedy.
+
+  Raises:
+    UserError: of class `error`.
+  """
+  try:
+    yield
+  except OSError as e:
+    raise storage_error(path, e, error) from e
+
+
+def storage_error(
+  path: str | os.PathLike, cause: OSError, error: Errors = UserError
+) -> UserError:
+  """What to raise when `path` cannot be written."""
+  full = cause.errno in _FULL
+  return error(
+    os.fspath(path),
+    one_line(cause.strerror or cause),
+    "room to write" if full else "a place that can be written",
+    "free some space and run the same command again"
+    if full
+    else "choose another place, or make this one writable",
+  )
