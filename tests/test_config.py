@@ -68,97 +68,135 @@ def test_phases_run_in_the_order_given_and_may_change_nothing():
 
 
 @pytest.mark.parametrize(
-  ("key", "value", "words"),
+  ("key", "value", "where", "got", "expected"),
   [
     (
       "training.stepz",
       5,
-      "config.training.stepz: unknown key; the nearest key is 'steps'",
+      "config.training.stepz",
+      "an unknown key",
+      "such a key as 'steps'",
     ),
     (
       "phase.voco",
       {"trainin": {"steps": 5}},
-      "config.phase.voco.trainin: unknown key; the nearest key is 'training'",
+      "config.phase.voco.trainin",
+      "an unknown key",
+      "such a key as 'training'",
     ),
     (
       "phase.voco",
       {"data": {"batchsize": 5}},
-      "config.phase.voco.data.batchsize: unknown key; the nearest key is "
-      "'batch_size'",
+      "config.phase.voco.data.batchsize",
+      "an unknown key",
+      "such a key as 'batch_size'",
     ),
-    ("phases", ("a/b",), "config.phases: 'a/b' must be letters"),
+    ("phases", ("a/b",), "config.phases", "'a/b'", None),
+    ("training.steps", "abc", "config.training.steps", "'abc' (str)", "int"),
+    ("training.steps", 1.5, "config.training.steps", "1.5 (float)", "int"),
+    ("training.steps", True, "config.training.steps", "True (bool)", "int"),
+    ("training.steps", 0, "config.training", "steps=0 and epochs=0.0", None),
     (
-      "training.steps",
-      "abc",
-      "config.training.steps: found 'abc' (str), expected int",
+      "training.epochs",
+      1.0,
+      "config.training",
+      "steps=10 and epochs=1.0",
+      "exactly one of them above 0",
     ),
-    (
-      "training.steps",
-      1.5,
-      "config.training.steps: found 1.5 (float), expected int",
-    ),
-    ("training.steps", True, "config.training.steps: found True (bool)"),
-    ("training.steps", 0, "config.training: steps is 0 and epochs is 0"),
-    ("training.epochs", 1.0, "exactly one of them must be above 0"),
-    ("training", 3, "config.training: found 3, expected a group of keys"),
+    ("training", 3, "config.training", "3", "a group of keys"),
     (
       "model.compressor.name",
       "vocoo",
-      "config.model.compressor.name: found 'vocoo', expected one of voco, ",
+      "config.model.compressor.name",
+      "'vocoo'",
+      None,
     ),
     (
       "optimizer.freeze",
       "^vision/",
-      "config.optimizer.freeze: found '^vision/', expected a tuple of str",
+      "config.optimizer.freeze",
+      "'^vision/' (str)",
+      "a tuple of str",
     ),
-    ("optimizer.freeze", (1,), "config.optimizer.freeze[0]: found 1 (int)"),
+    ("optimizer.freeze", (1,), "config.optimizer.freeze[0]", "1 (int)", "str"),
     (
       "optimizer.freeze",
       ("(",),
-      "config.optimizer.freeze: '(' is not a regular expression",
+      "config.optimizer.freeze",
+      "'(' (missing ), unterminated subpattern at position 0)",
+      "a regular expression",
     ),
-    (
-      "data.batch_size",
-      0,
-      "config.data.batch_size: found 0, expected at least 1",
-    ),
+    ("data.batch_size", 0, "config.data.batch_size", "0", "at least 1"),
     (
       "evaluation.max_records",
       -1,
-      "config.evaluation.max_records: found -1, expected 0 or more",
+      "config.evaluation.max_records",
+      "-1",
+      "0 or more",
     ),
     (
       "model.llm.num_key_value_heads",
       5,
-      "config.model.llm.num_key_value_heads: 5 does not divide",
+      "config.model.llm.num_key_value_heads",
+      "5",
+      "a divisor of num_attention_heads (32)",
     ),
-    ("model.llm.head_dim", 7, "config.model.llm.head_dim: 7 is odd"),
+    ("model.llm.head_dim", 7, "config.model.llm.head_dim", "7", None),
     (
       "model.vision.patch_size",
       15,
-      "config.model.vision.patch_size: 15 does not divide image_size (336)",
+      "config.model.vision.patch_size",
+      "15",
+      "a divisor of image_size (336)",
     ),
     (
       "model.vision.feature_layer",
       -99,
-      "config.model.vision.feature_layer: -99 is outside",
+      "config.model.vision.feature_layer",
+      "-99",
+      None,
+    ),
+    (
+      "model.llm.rope.theta",
+      0.0,
+      "config.model.llm.rope.theta",
+      "0.0",
+      "a number above 0",
+    ),
+    (
+      "model.llm.rms_norm_eps",
+      float("inf"),
+      "config.model.llm.rms_norm_eps",
+      "inf",
+      "a finite number",
+    ),
+    (
+      "model.vision.layer_norm_eps",
+      -1e-5,
+      "config.model.vision.layer_norm_eps",
+      "-1e-05",
+      "a number above 0",
     ),
   ],
 )
-def test_wrong_value(key, value, words):
+def test_wrong_value(key, value, where, got, expected):
   c = base()
   c.phases = ("voco",)
   set_key(c, key, value)
-  with pytest.raises(ConfigError, match=re.escape(words)) as caught:
+  with pytest.raises(ConfigError) as caught:
     config_lib.phases(c)
+  assert (caught.value.where, caught.value.got) == (where, got)
+  assert expected in (None, caught.value.expected)
   assert "\n" not in str(caught.value)
 
 
 def test_missing_key():
   c = base()
   del c.data.batch_size
-  with pytest.raises(ConfigError, match=r"config\.data\.batch_size: missing"):
+  with pytest.raises(ConfigError) as caught:
     config_lib.phases(c)
+  assert caught.value.where == "config.data.batch_size"
+  assert caught.value.got == "nothing"
 
 
 @pytest.mark.parametrize("path", CONFIGS)
@@ -170,8 +208,9 @@ def test_json_round_trip(path):
 
 @pytest.mark.parametrize("text", ["{", '{"name": 1}', '{"no": 1}'])
 def test_json_of_another_version(text):
-  with pytest.raises(ConfigError, match=r"^w/config\.json: "):
+  with pytest.raises(ConfigError) as caught:
     config_lib.Config.from_json(text, "w/config.json")
+  assert caught.value.where.startswith("w/config.json")
 
 
 def test_numbers_of_voco_tokens_to_train_with():
@@ -202,8 +241,10 @@ def test_only_voco_tokens_can_be_cut():
   assert other.budgets == () != voco.model.compressor.budgets
   assert full.model.compressor.budgets == ()
   c.model.update(elastic)
-  with pytest.raises(ConfigError, match=r"config\.phase\.full\.model\.compr"):
+  with pytest.raises(ConfigError) as caught:
     config_lib.phases(c)
+  key = "config.phase.full.model.compressor.train_num_voco_tokens"
+  assert caught.value.where == key
 
 
 def uncommented(source: str) -> list[str]:
@@ -236,21 +277,22 @@ def test_every_common_key_is_typed():
 
 
 @pytest.mark.parametrize(
-  ("changes", "words"),
+  ("changes", "where"),
   [
     (
       {"data.source": "grid_vqa", "data.flip_images": True},
-      "config.data.flip_images: found True with config.data.source 'grid_vqa'",
+      "config.data.flip_images",
     ),
     (
       {"model.compressor.name": "qformer", "model.llm.hidden_size": 66},
-      "config.model.vision.num_attention_heads: 16, which the Q-Former has",
+      "config.model.vision.num_attention_heads",
     ),
   ],
 )
-def test_keys_that_do_not_go_together(changes, words):
+def test_keys_that_do_not_go_together(changes, where):
   c = base()
   for key, value in changes.items():
     set_key(c, key, value)
-  with pytest.raises(ConfigError, match=re.escape(words)):
+  with pytest.raises(ConfigError) as caught:
     config_lib.phases(c)
+  assert caught.value.where == where

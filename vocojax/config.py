@@ -9,15 +9,16 @@ checkpoints from before it can still be read.
 import dataclasses
 import difflib
 import json
+import math
 import pathlib
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import ml_collections
 
-from vocojax.errors import ConfigError
+from vocojax.errors import ConfigError, shorten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,18 @@ class RopeConfig:
   low_freq_factor: float
   high_freq_factor: float
   original_max_position_embeddings: int
+
+  def __post_init__(self):
+    _above_zero(self, "model.llm.rope", "theta factor low_freq_factor")
+    _positive(self, "model.llm.rope", "original_max_position_embeddings")
+    low, high = self.low_freq_factor, self.high_freq_factor
+    if self.scaling == "llama3" and high <= low:
+      raise ConfigError(
+        "config.model.llm.rope.high_freq_factor",
+        str(high),
+        f"more than low_freq_factor ({low})",
+        "set 4.0, the published value",
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,16 +74,20 @@ class LlamaConfig:
       "vocab_size vocab_multiple hidden_size intermediate_size "
       "num_hidden_layers num_attention_heads num_key_value_heads head_dim",
     )
+    _above_zero(self, "model.llm", "rms_norm_eps initializer_range")
     if self.num_attention_heads % self.num_key_value_heads:
       raise ConfigError(
-        "config.model.llm.num_key_value_heads: "
-        f"{self.num_key_value_heads} does not divide num_attention_heads "
-        f"({self.num_attention_heads}); choose a divisor"
+        "config.model.llm.num_key_value_heads",
+        str(self.num_key_value_heads),
+        f"a divisor of num_attention_heads ({self.num_attention_heads})",
+        "choose a divisor",
       )
     if self.head_dim % 2:
       raise ConfigError(
-        f"config.model.llm.head_dim: {self.head_dim} is odd; rotary position "
-        "embedding needs an even number"
+        "config.model.llm.head_dim",
+        str(self.head_dim),
+        "an even number, which rotary position embedding needs",
+        "choose an even number",
       )
 
 
@@ -107,21 +124,27 @@ class VisionConfig:
       "image_size patch_size hidden_size intermediate_size "
       "num_hidden_layers num_attention_heads",
     )
+    _above_zero(self, "model.vision", "layer_norm_eps initializer_range")
     if self.image_size % self.patch_size:
       raise ConfigError(
-        f"config.model.vision.patch_size: {self.patch_size} does not divide "
-        f"image_size ({self.image_size})"
+        "config.model.vision.patch_size",
+        str(self.patch_size),
+        f"a divisor of image_size ({self.image_size})",
+        "choose a divisor",
       )
     if self.hidden_size % self.num_attention_heads:
       raise ConfigError(
-        "config.model.vision.num_attention_heads: "
-        f"{self.num_attention_heads} does not divide hidden_size "
-        f"({self.hidden_size})"
+        "config.model.vision.num_attention_heads",
+        str(self.num_attention_heads),
+        f"a divisor of hidden_size ({self.hidden_size})",
+        "choose a divisor",
       )
     if not 0 <= self.num_feature_layers <= self.num_hidden_layers:
       raise ConfigError(
-        f"config.model.vision.feature_layer: {self.feature_layer} is outside "
-        f"the {self.num_hidden_layers} layers; -2 is the original's choice"
+        "config.model.vision.feature_layer",
+        str(self.feature_layer),
+        f"one of the {self.num_hidden_layers} layers, or below 0 from the end",
+        "set -2, the original's choice",
       )
 
 
@@ -188,25 +211,33 @@ class ModelConfig:
     _positive(self, "model", "attention_block_size logits_chunk mlp_chunks")
     if self.llm.intermediate_size % self.mlp_chunks:
       raise ConfigError(
-        f"config.model.mlp_chunks: {self.mlp_chunks} does not divide "
-        f"intermediate_size ({self.llm.intermediate_size}); choose a divisor"
+        "config.model.mlp_chunks",
+        str(self.mlp_chunks),
+        f"a divisor of intermediate_size ({self.llm.intermediate_size})",
+        "choose a divisor",
       )
     if self.attention_kernel == "cudnn" and self.dtype == "float32":
       raise ConfigError(
-        "config.model.attention_kernel: found 'cudnn' with config.model.dtype "
-        "'float32', which cuDNN does not take; set one to 'auto' or 'bfloat16'"
+        "config.model.attention_kernel",
+        "'cudnn' with config.model.dtype 'float32'",
+        "a kernel that takes this dtype",
+        "set the one to 'auto' or the other to 'bfloat16'",
       )
     width, heads = self.llm.hidden_size, self.vision.num_attention_heads
     if self.compressor.name == "qformer" and width % heads:
       raise ConfigError(
-        f"config.model.vision.num_attention_heads: {heads}, which the Q-Former "
-        f"has as well, does not divide config.model.llm.hidden_size ({width}); "
-        "choose a divisor"
+        "config.model.vision.num_attention_heads",
+        str(heads),
+        "with the Q-Former, which has as many heads, a divisor of "
+        f"config.model.llm.hidden_size ({width})",
+        "choose a divisor",
       )
     if self.attention_block_size % 128:
       raise ConfigError(
-        "config.model.attention_block_size: found "
-        f"{self.attention_block_size}, expected a multiple of 128"
+        "config.model.attention_block_size",
+        str(self.attention_block_size),
+        "a multiple of 128",
+        "set 640, the default",
       )
 
 
@@ -250,19 +281,27 @@ class DataConfig:
     _not_negative(self, "data", "conversations_per_record num_workers")
     if self.grid_size not in (2, 3, 4):
       raise ConfigError(
-        f"config.data.grid_size: found {self.grid_size}, expected 2, 3 or 4"
+        "config.data.grid_size",
+        str(self.grid_size),
+        "2, 3 or 4",
+        "choose one of them",
       )
     count, length = self.conversations_per_record, self.max_text_length
     if self.batching == "slots" and (not count or length % count):
       raise ConfigError(
-        f"config.data.batching: found 'slots' with {count} conversations_per_"
-        f"record and max_text_length {length}; set the one to a divisor of the "
-        "other"
+        "config.data.batching",
+        f"'slots' with conversations_per_record {count} and max_text_length "
+        f"{length}",
+        "the one to divide the other",
+        "set config.data.conversations_per_record to a divisor of "
+        "config.data.max_text_length",
       )
     if self.flip_images and self.source == "grid_vqa":
       raise ConfigError(
-        "config.data.flip_images: found True with config.data.source "
-        "'grid_vqa', whose questions say left and right; set it to False"
+        "config.data.flip_images",
+        "True with config.data.source 'grid_vqa'",
+        "False, since its questions say left and right",
+        "set it to False",
       )
 
   @property
@@ -304,8 +343,10 @@ class OptimizerConfig:
           re.compile(pattern)
         except re.error as e:
           raise ConfigError(
-            f"config.optimizer.{key}: {pattern!r} is not a regular "
-            f"expression ({e})"
+            f"config.optimizer.{key}",
+            f"{pattern!r} ({e})",
+            "a regular expression",
+            "correct it",
           ) from e
 
 
@@ -330,8 +371,10 @@ class TrainingConfig:
     )
     if (self.steps > 0) == (self.epochs > 0):
       raise ConfigError(
-        f"config.training: steps is {self.steps} and epochs is {self.epochs}; "
-        "exactly one of them must be above 0"
+        "config.training",
+        f"steps={self.steps} and epochs={self.epochs}",
+        "exactly one of them above 0",
+        "set the other to 0",
       )
 
 
@@ -358,8 +401,10 @@ class EvaluationConfig:
   def __post_init__(self):
     if not 0 <= self.adaptive_threshold <= 1:
       raise ConfigError(
-        "config.evaluation.adaptive_threshold: found "
-        f"{self.adaptive_threshold}, expected 0 to 1, a total variation"
+        "config.evaluation.adaptive_threshold",
+        str(self.adaptive_threshold),
+        "0 to 1, a total variation",
+        "set 0.1, the default",
       )
     _positive(self, "evaluation", "batch_size max_new_tokens")
     _not_negative(self, "evaluation", "max_records")
@@ -384,14 +429,24 @@ class Config:
     return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
 
   @classmethod
-  def from_json(cls, text: str, where: str) -> "Config":
-    """Reads what `to_json` wrote; `where` names the file in errors."""
+  def from_saved(cls, values: Any, where: str) -> "Config":
+    """A config from what `to_json` wrote, parsed; `where` names the file.
+
+    Raises:
+      ConfigError: it is not one of this version, or of any.
+    """
     try:
-      return from_mapping(cls, json.loads(text))
-    except (json.JSONDecodeError, ConfigError) as e:
-      raise ConfigError(
-        f"{where}: not a config this version can read ({e})"
-      ) from e
+      return from_mapping(cls, values)
+    except ConfigError as e:
+      raise e.within(where) from e
+
+  @classmethod
+  def from_json(cls, text: str, where: str) -> "Config":
+    """The same from the text itself."""
+    try:
+      return cls.from_saved(json.loads(text), where)
+    except json.JSONDecodeError as e:
+      raise ConfigError(where, str(e), "JSON", "use another file") from e
 
 
 def budgets(k: int) -> tuple[int, ...]:
@@ -419,8 +474,10 @@ def phases(config: ml_collections.ConfigDict) -> tuple[Config, ...]:
   for name in names:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
       raise ConfigError(
-        f"config.phases: {name!r} must be letters, digits, '_' or '-', since "
-        "it names a folder"
+        "config.phases",
+        repr(name),
+        "letters, digits, '_' and '-', since it names a folder",
+        "rename the phase",
       )
     where = f"config.phase.{name}"
     merged = _overlay(values, overrides.get(name, {}), where)
@@ -438,17 +495,18 @@ def _phase(values: Mapping, where: str) -> Config:
   compressor = config.model.compressor
   if compressor.train_num_voco_tokens != "fixed" and compressor.name != "voco":
     raise ConfigError(
-      f"{where}.model.compressor.train_num_voco_tokens: found "
+      f"{where}.model.compressor.train_num_voco_tokens",
       f"{compressor.train_num_voco_tokens!r} with compressor "
-      f"{compressor.name!r}, expected 'fixed'; only the tokens of 'voco' can "
-      "be cut, so set it in the phases with that"
+      f"{compressor.name!r}",
+      "'fixed', since only the tokens of 'voco' can be cut",
+      "set it in the phases with that",
     )
   if config.training.distill_weight and compressor.name != "voco":
     raise ConfigError(
-      f"{where}.training.distill_weight: found "
-      f"{config.training.distill_weight} with compressor {compressor.name!r}, "
-      "expected 0; only 'voco' has a teacher that sees more of the same "
-      "stream, so set it in the phases with that"
+      f"{where}.training.distill_weight",
+      f"{config.training.distill_weight} with compressor {compressor.name!r}",
+      "0, since only 'voco' has a teacher that sees more of the same stream",
+      "set it in the phases with that",
     )
   return config
 
@@ -467,6 +525,22 @@ def nearest_key(key: str, keys) -> str:
   return f"; the nearest key is {close[0]!r}" if close else ""
 
 
+def nearest(name: str, names: Iterable[str]) -> str | None:
+  """The one of `names` that `name` is most like, if any is like it."""
+  return next(iter(difflib.get_close_matches(name, list(names), 1, 0.5)), None)
+
+
+def unknown_key(where: str, key: str, keys: Iterable[str]) -> ConfigError:
+  """What to raise for a key that is none of `keys`."""
+  near = nearest(key, keys)
+  return ConfigError(
+    where,
+    "an unknown key",
+    f"such a key as {near!r}" if near else "one of configs/common.py",
+    f"write {near!r}" if near else "see configs/common.py for all keys",
+  )
+
+
 def from_mapping(cls: type, values: Any, path: str = "config"):
   """Builds a config dataclass from nested mappings, checking every key.
 
@@ -474,21 +548,22 @@ def from_mapping(cls: type, values: Any, path: str = "config"):
     ConfigError: a key is unknown or missing, or a value has a wrong type.
   """
   if not isinstance(values, Mapping):
-    raise ConfigError(f"{path}: found {values!r}, expected a group of keys")
+    raise ConfigError(
+      path, shorten(values), "a group of keys", "set its keys one by one"
+    )
   fields = {f.name: f for f in dataclasses.fields(cls)}
   for key in values:
     if key not in fields:
-      raise ConfigError(
-        f"{path}.{key}: unknown key{nearest_key(key, fields)}; configs/"
-        "common.py lists all keys"
-      )
+      raise unknown_key(f"{path}.{key}", key, fields)
   hints = typing.get_type_hints(cls)
   kwargs = {}
   for key in fields:
     if key not in values:
       if fields[key].default is not dataclasses.MISSING:
         continue
-      raise ConfigError(f"{path}.{key}: missing; configs/common.py has it")
+      raise ConfigError(
+        f"{path}.{key}", "nothing", "a value", "see configs/common.py"
+      )
     kwargs[key] = _check(hints[key], values[key], f"{path}.{key}")
   return cls(**kwargs)
 
@@ -500,24 +575,34 @@ def _check(hint, value, path: str):
   if typing.get_origin(hint) is Literal:
     choices = typing.get_args(hint)
     if value not in choices:
-      near = nearest_key(str(value), choices)
+      near = nearest(str(value), choices)
       raise ConfigError(
-        f"{path}: found {value!r}, expected one of {', '.join(choices)}{near}"
+        path,
+        shorten(value),
+        f"one of {', '.join(map(str, choices))}",
+        f"set {near or choices[0]!r}",
       )
     return value
   if typing.get_origin(hint) is tuple:
     item = typing.get_args(hint)[0]
     if not isinstance(value, (tuple, list)):
       raise ConfigError(
-        f"{path}: found {value!r}, expected a tuple of {item.__name__}"
+        path,
+        f"{shorten(value)} ({type(value).__name__})",
+        f"a tuple of {item.__name__}",
+        f"write ({value!r},)" if isinstance(value, item) else "write a tuple",
       )
     return tuple(_check(item, v, f"{path}[{i}]") for i, v in enumerate(value))
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+  if hint is float and type(value) in (int, float):
+    if not math.isfinite(value):
+      raise ConfigError(path, str(value), "a finite number", "correct it")
     return float(value)
   if type(value) is not hint:
     raise ConfigError(
-      f"{path}: found {value!r} ({type(value).__name__}), expected "
-      f"{hint.__name__}"
+      path,
+      f"{shorten(value)} ({type(value).__name__})",
+      hint.__name__,
+      f"set a value of type {hint.__name__}",
     )
   return value
 
@@ -526,10 +611,7 @@ def _overlay(base, over, path: str):
   result = dict(base)
   for key, value in over.items():
     if key not in base:
-      raise ConfigError(
-        f"{path}.{key}: unknown key{nearest_key(key, base)}; configs/"
-        "common.py lists all keys"
-      )
+      raise unknown_key(f"{path}.{key}", key, base)
     if isinstance(base[key], Mapping) and isinstance(value, Mapping):
       value = _overlay(base[key], value, f"{path}.{key}")
     result[key] = value
@@ -540,8 +622,21 @@ def _positive(config, path: str, keys: str):
   for key in keys.split():
     if getattr(config, key) < 1:
       raise ConfigError(
-        f"config.{path}.{key}: found {getattr(config, key)}, expected at "
-        "least 1"
+        f"config.{path}.{key}",
+        str(getattr(config, key)),
+        "at least 1",
+        "set a larger number",
+      )
+
+
+def _above_zero(config, path: str, keys: str):
+  for key in keys.split():
+    if getattr(config, key) <= 0:
+      raise ConfigError(
+        f"config.{path}.{key}",
+        str(getattr(config, key)),
+        "a number above 0",
+        "set the value of the published model",
       )
 
 
@@ -549,5 +644,8 @@ def _not_negative(config, path: str, keys: str):
   for key in keys.split():
     if getattr(config, key) < 0:
       raise ConfigError(
-        f"config.{path}.{key}: found {getattr(config, key)}, expected 0 or more"
+        f"config.{path}.{key}",
+        str(getattr(config, key)),
+        "0 or more",
+        "set 0 or a larger number",
       )
