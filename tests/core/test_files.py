@@ -1,6 +1,7 @@
 """The readers of JSON and text, and the rule of names."""
 
 import os
+import pathlib
 import pickle
 
 import pytest
@@ -114,6 +115,30 @@ def test_only_regular_files_are_opened(tmp_path):
     with pytest.raises(DataError) as e:
       files.read_bytes(path)
     assert (e.value.where, e.value.got) == (str(path), got)
+
+
+def test_lines_of_json(tmp_path):
+  path = tmp_path / "a.jsonl"
+  path.write_text('\ufeff{"a": "\u2028\x85"}\r\n\n {"a": 2}', "utf-8")
+  found = list(files.read_json_lines(path))
+  assert found == [
+    (f"{path}:1", {"a": "\u2028\x85"}),
+    (f"{path}:3", {"a": 2}),
+  ]
+  for bad, got in ((b"\xff", "byte 0xff"), (b"[1]", "[1]"), (b"{", "line 1")):
+    path.write_bytes(b'{"a": 1}\n' + bad + b"\n")
+    with pytest.raises(WeightsError) as e:
+      list(files.read_json_lines(path, dict, WeightsError))
+    assert e.value.where == f"{path}:2"
+    assert got in e.value.got
+
+
+def test_a_user_that_does_not_exist():
+  assert files.expand_user("~/a") == pathlib.Path.home() / "a"
+  with pytest.raises(DataError) as e:
+    files.expand_user("~nosuchuser/a")
+  assert e.value.where == "~nosuchuser/a"
+  assert e.value.got == "a user that does not exist"
 
 
 def test_a_file_that_is_too_large_is_refused(tmp_path):

@@ -33,6 +33,25 @@ _NAMES = {
 MAX_BYTES = 2**33
 
 
+def expand_user(
+  path: str | os.PathLike, error: Errors = DataError
+) -> pathlib.Path:
+  """A path that a person typed, with `~` and `~NAME` at its start replaced.
+
+  Raises:
+    UserError: of class `error`; there is no such user.
+  """
+  try:
+    return pathlib.Path(path).expanduser()
+  except RuntimeError as e:
+    raise error(
+      os.fspath(path),
+      "a user that does not exist",
+      "a path",
+      "correct the name after ~, or write the whole path",
+    ) from e
+
+
 def open_regular(
   path: str | os.PathLike, error: Errors = DataError
 ) -> BinaryIO:
@@ -96,12 +115,18 @@ def read_bytes(
     try:
       return file.read()
     except OSError as e:
-      raise error(
-        os.fspath(path),
-        e.strerror or str(e),
-        "a readable file",
-        "copy it again",
-      ) from e
+      raise _unreadable(path, e, error) from e
+
+
+def _unreadable(
+  path: str | os.PathLike, cause: OSError, error: Errors
+) -> UserError:
+  return error(
+    os.fspath(path),
+    cause.strerror or str(cause),
+    "a readable file",
+    "copy it again",
+  )
 
 
 def read_text(
@@ -144,6 +169,32 @@ def read_json(
     UserError: of class `error`; as `read_bytes` and `parse_json`.
   """
   return parse_json(read_bytes(path, error, limit), path, kind, error)
+
+
+def read_json_lines(
+  path: str | os.PathLike,
+  kind: type[T] | tuple[type, ...] = dict,
+  error: Errors = DataError,
+) -> Iterator[tuple[str, T]]:
+  """`FILE:LINE` and the value of each line that is not blank.
+
+  Raises:
+    UserError: of class `error`; as `open_regular` and `parse_json`.
+  """
+  with open_regular(path, error) as file:
+    for number, line in enumerate(_lines(file, path, error), 1):
+      if line.strip():
+        where = f"{os.fspath(path)}:{number}"
+        yield where, parse_json(line, where, kind, error)
+
+
+def _lines(
+  file: BinaryIO, path: str | os.PathLike, error: Errors
+) -> Iterator[bytes]:
+  try:
+    yield from file
+  except OSError as e:
+    raise _unreadable(path, e, error) from e
 
 
 def parse_json(
