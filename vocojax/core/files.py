@@ -185,7 +185,7 @@ def read_json_lines(
     for number, line in enumerate(_lines(file, path, error), 1):
       if line.strip():
         where = f"{os.fspath(path)}:{number}"
-        yield where, parse_json(line, where, kind, error)
+        yield where, parse_json(line.rstrip(), where, kind, error)
 
 
 def _lines(
