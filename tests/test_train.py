@@ -4,12 +4,14 @@ Read next: `tests/runs.py`, which starts the programs.
 """
 
 import json
+import os
 import pathlib
 
 import numpy as np
 import pytest
 
 from tests import runs
+from vocojax.core import lock
 from vocojax.training import checkpoint, loop, state
 
 
@@ -215,6 +217,18 @@ def test_unwritable_workdir(program, folder):
     f"--workdir={folder}/file: cannot be written to (File exists); choose "
     "another folder"
   )
+
+
+def test_workdir_in_which_another_run_writes(program, folder):
+  workdir = folder / "held"
+  workdir.mkdir()
+  with lock.held(workdir, "training"):
+    line = error(program, folder, "held")
+    (left,) = workdir.iterdir()
+  assert line.startswith(
+    f"{workdir}: got training by process {os.getpid()} on "
+  )
+  assert left.name == ".training.lock"
 
 
 def test_workdir_of_another_model(program, folder):

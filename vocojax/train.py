@@ -44,8 +44,13 @@ def main() -> int:
 
 def _run(plan: tuple[Config, ...]) -> int:
   """All phases and the evaluation; the exit status."""
-  made_by = assemble.provenance(assemble.command_line("vocojax.train"))
   workdir = assemble.make_workdir(_WORKDIR.value)
+  with distributed.held(workdir, "training"):
+    return _run_alone(plan, workdir)
+
+
+def _run_alone(plan: tuple[Config, ...], workdir: pathlib.Path) -> int:
+  made_by = assemble.provenance(assemble.command_line("vocojax.train"))
   distributed.check_shared(workdir)
   if plan[-1].training.evaluate:
     # A mistake in it should not wait until everything is trained.

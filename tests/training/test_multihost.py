@@ -16,6 +16,7 @@ import pytest
 
 from tests import runs, test_evaluate
 from tests.training import test_resume, test_sharding
+from vocojax.core import lock
 from vocojax.training import checkpoint, loop, sharding
 
 TAIL = test_sharding.TAIL
@@ -270,6 +271,18 @@ def test_sigkill_of_one_ends_both(broken, uninterrupted):
   assert not test_resume.half_written(phase)
   assert saved(phase) == saved(uninterrupted)
   assert saved(phase)[4][-1]["bad_records"] > 0
+
+
+@pytest.mark.slow
+def test_all_processes_end_where_another_run_writes(folder):
+  workdir = folder / "held"
+  workdir.mkdir()
+  with lock.held(workdir, "training"):
+    outputs = finish(train(folder, "held"), 2)
+  for i, (out, err) in enumerate(outputs):
+    assert out == ""
+    line = f"error: process {i} of 2: {workdir}: got training by process "
+    assert err.startswith(line) and err.count("\n") == 1, err
 
 
 @pytest.mark.slow

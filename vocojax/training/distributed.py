@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
+from vocojax.core import lock
 from vocojax.errors import UserError
 
 JOIN_SECONDS = 300  # in which all processes must have started
@@ -237,6 +239,25 @@ def gather(value: Any) -> list[Any]:
     json.loads(row[:size].tobytes())
     for row, size in zip(rows, sizes, strict=True)
   ]
+
+
+@contextlib.contextmanager
+def held(folder: pathlib.Path, kind: str) -> Iterator[None]:
+  """`lock.held` by process 0, for all processes; all of them call it.
+
+  Raises:
+    UserError: on all of them; see there.
+  """
+  with contextlib.ExitStack() as stack:
+    refused = None
+    if jax.process_index() == 0:
+      try:
+        stack.enter_context(lock.held(folder, kind))
+      except UserError as e:
+        refused = [e.where, e.got, e.expected, e.fix]
+    if refused := gather(refused)[0]:
+      raise UserError(*refused)
+    yield
 
 
 def check_shared(folder: pathlib.Path) -> None:
