@@ -69,8 +69,9 @@ def get_config() -> ConfigDict:
   vision.initializer_range = 0.02  # standard deviation of new weights
 
   c.model.compressor = ConfigDict()
-  # 'full': text sees all; 'avgpool': k means; 'qformer': k learned queries;
-  # 'blind': nothing of the image.
+  # 'voco_causal': text sees all, VoCo tokens too (the upper bound); 'full': all
+  # patches, no VoCo tokens (LLaVA); 'avgpool': k means; 'qformer': k learned
+  # queries; 'blind': nothing of the image.
   c.model.compressor.name = "voco"
   c.model.compressor.num_voco_tokens = 1  # k, 1 to 128
   # 'elastic' (voco only): text sees the first 1, 2, 4, ... or k of them, drawn
@@ -164,7 +165,9 @@ def get_config() -> ConfigDict:
   c.evaluation.batch_size = 64  # records at once
   c.evaluation.max_new_tokens = 16  # answers are cut there
   c.evaluation.max_records = 0  # 0 is all
-  c.evaluation.bounds = False  # also score 'full' and its weights under VoCo
+  # Also score the last 'voco_causal' phase (the upper bound) and its weights
+  # read as 'voco' (the lower bound).
+  c.evaluation.bounds = False
   # vocojax.evaluate --adaptive reads 1, 2, 4, ... VoCo tokens until no event
   # among an answer's first tokens changes its probability by more than this.
   c.evaluation.adaptive_threshold = 0.1

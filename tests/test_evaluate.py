@@ -23,8 +23,17 @@ TAIL = """\
   c.training.update(steps=60, evaluate=True)
   c.evaluation.update(split="train[:20]", bounds=True)
 """
-NAMES = {"voco": ("voco", "voco"), "full": ("full", "full")}
-NAMES |= {"lower": ("full", "voco")}  # phase, compressor
+PHASES = """\
+  c.phases = ("upper", "voco")
+  c.phase.upper = {"model": {"compressor": {"name": "voco_causal"}}}
+  c.phase.voco = {"seed": 1}
+  return c
+"""
+NAMES = {  # phase, compressor
+  "voco": ("voco", "voco"),
+  "upper": ("upper", "voco_causal"),
+  "lower": ("upper", "voco"),
+}
 THRESHOLD = 0.08  # between what some questions move by and what others do
 
 
@@ -33,7 +42,7 @@ def folder(tmp_path_factory):
   """A finished run of two phases in `run`; its tokenizer is gone."""
   folder = tmp_path_factory.mktemp("evaluate")
   runs.write_data(folder)
-  runs.write_config(folder, "two.py", TAIL + runs.TWO_PHASES)
+  runs.write_config(folder, "two.py", TAIL + PHASES)
   process = runs.start_cached(
     folder,
     "vocojax.train",
@@ -45,8 +54,8 @@ def folder(tmp_path_factory):
   lines = out.splitlines()
   assert [x.split(":")[0] for x in lines] == [
     "VoCo",
-    "upper bound, all patches",
-    "lower bound, the same under the VoCo mask",
+    "upper bound, all is seen",
+    "lower bound, the same under the mask",
     "report",
   ]
   assert "of 20 answers right, 16 patches as 1 token," in lines[0]
@@ -78,7 +87,7 @@ def test_run_leaves_results(folder):
     assert result["correct"] == right
     assert result["accuracy"] == right / 20
   # It learned, or the comparisons below would be about noise.
-  assert found["full"][0]["correct"] >= 10
+  assert found["upper"][0]["correct"] >= 10
   answers = {x["prediction"] for x in found["voco"][1]}
   assert len(answers) >= 3 and any(" " in x for x in answers)
   report = (folder / "run" / "report.md").read_text()
@@ -155,7 +164,7 @@ def test_fewer_tokens_by_its_program(folder, tmp_path):
 @pytest.fixture(scope="module")
 def four_tokens(folder, tmp_path_factory):
   """A model of four tokens that mean little, and its results by number."""
-  loaded = checkpoint.load(str(folder / "run" / "full"))
+  loaded = checkpoint.load(str(folder / "run" / "upper"))
   config = assemble.with_compressor(loaded.config, "voco", 4)
   evaluation = dataclasses.replace(
     config.evaluation, adaptive_threshold=THRESHOLD
@@ -203,15 +212,15 @@ def test_adaptive_answers_are_those_of_their_number(four_tokens):
 
 def test_tokens_that_cannot_be_cut(folder, four_tokens, tmp_path):
   loaded, _ = four_tokens
-  full = checkpoint.load(str(folder / "run" / "full"))
+  upper = checkpoint.load(str(folder / "run" / "upper"))
   for arguments, words in (
     ({"num_voco_tokens": 5}, r"found 5, but .* choose 1 to 4"),
     ({"num_voco_tokens": 0}, r"found 0, but .* choose 1 to 4"),
   ):
     with pytest.raises(UserError, match=words):
       assemble.evaluate(loaded, tmp_path, "voco", {}, **arguments)
-  with pytest.raises(UserError, match="--adaptive: found compressor 'full'"):
-    assemble.evaluate(full, tmp_path, "full", {}, adaptive=True)
+  with pytest.raises(UserError, match="compressor 'voco_causal'"):
+    assemble.evaluate(upper, tmp_path, "voco_causal", {}, adaptive=True)
   assert not list(tmp_path.iterdir())
 
 

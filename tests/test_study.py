@@ -64,7 +64,7 @@ def test_every_run_is_a_valid_config(tmp_path, monkeypatch):
     start = path.parent / "start"
     if path == start:
       assert (config.init_from, config.optimizer.freeze) == ("", ())
-      # Its weights are no upper bound: they learned for fewer steps.
+      # Its weights are no row: they learned for fewer steps.
       assert not config.training.evaluate
       continue
     # The same start, data and steps; the tower is frozen.
@@ -82,7 +82,7 @@ def test_only_and_errors(tmp_path):
   shown = study_of(out, "--dry_run", "--grids", "2", "--seeds", "1", "--only")
   assert shown.returncode == 2
   shown = study_of(
-    out, "--dry_run", "--grids", "2", "--seeds", "1", "--only", "blind", "full"
+    out, "--dry_run", "--grids", "2", "--seeds", "1", "--only", "blind", "upper"
   )
   first, *commands = shown.stdout.splitlines()
   assert first.startswith("3 of 3 runs are to be done: about 0.")
@@ -93,7 +93,7 @@ def test_only_and_errors(tmp_path):
   )
   wrong = study_of(out, "--only", "vocos")
   assert wrong.returncode == 2
-  assert "--only vocos: found none, expected full, voco_1," in wrong.stderr
+  assert "--only vocos: found none, expected upper, full," in wrong.stderr
   wrong = study_of(out, f"--starts={tmp_path / 'other'}")
   assert wrong.returncode == 2
   assert "/other: grid2/seed0/start is not done in it\n" in wrong.stderr
@@ -120,11 +120,11 @@ def test_a_small_study(tmp_path):
   ]
   small_study = functools.partial(study_of, **runs.cached(tmp_path))
   one = ["--grids", "2", "--seeds", "0", "--only", "blind"]
-  arguments = [f"--out={tmp_path}", *one, "full", *small]
+  arguments = [f"--out={tmp_path}", *one, "upper", *small]
   done = small_study(*arguments)
   assert done.returncode == 0, done.stderr
   folder = tmp_path / "grid2" / "seed0"
-  for run, name in (("full", "full"), ("full", "lower"), ("blind", "blind")):
+  for run, name in (("upper", "upper"), ("upper", "lower"), ("blind", "blind")):
     path = folder / run / "evaluation" / f"{name}.json"
     result = json.loads(path.read_text())
     assert result["total"] > 100 and result["step"] == 2
@@ -139,7 +139,7 @@ def test_a_small_study(tmp_path):
   # Nothing is done a second time. What is missing is, and a run that fails is
   # named, with its log, while the others go on.
   times = {p: p.stat().st_mtime_ns for p in folder.glob("*/evaluation/*.json")}
-  (folder / "full" / "evaluation" / "lower.json").unlink()
+  (folder / "upper" / "evaluation" / "lower.json").unlink()
   (folder / "blind" / "evaluation" / "blind.json").unlink()
   shutil.rmtree(folder / "blind" / "blind" / "checkpoints" / "2" / "params")
   again = small_study(*arguments)

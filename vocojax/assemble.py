@@ -33,8 +33,10 @@ from vocojax.training import checkpoint, distributed, loop, sharding
 # (compressor trained with, compressor used): name and title of the result.
 _RESULTS = {
   ("voco", "voco"): ("voco", "VoCo"),
-  ("full", "full"): ("full", "upper bound, all patches"),
-  ("full", "voco"): ("lower", "lower bound, the same under the VoCo mask"),
+  ("voco_causal", "voco_causal"): ("upper", "upper bound, all is seen"),
+  ("voco_causal", "voco"): ("lower", "lower bound, the same under the mask"),
+  ("full", "full"): ("full", "LLaVA, all patches without VoCo tokens"),
+  ("full", "voco"): ("full_voco", "LLaVA's weights under the VoCo mask"),
   ("voco", "full"): ("voco_full", "VoCo weights, all patches"),
   ("avgpool", "avgpool"): ("avgpool", "mean patches"),
   ("qformer", "qformer"): ("qformer", "Q-Former"),
@@ -269,7 +271,8 @@ def load(
   Args:
     checkpoint_path: a phase folder of a workdir, or one step of it.
     compressor: what text sees of an image, by default what the checkpoint was
-      trained with; 'full' and 'voco' may be used for each other as bounds.
+      trained with; 'voco_causal' may be used as 'voco' (the lower bound), and
+      'full' and 'voco' for each other.
     num_voco_tokens: at most as many as the checkpoint was trained with.
     layout: prompt layout, by default the checkpoint's own.
     **sizes: `slots`, `max_images`, `max_text_length`, `compress_batch` and

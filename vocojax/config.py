@@ -148,7 +148,9 @@ class VisionConfig:
       )
 
 
-CompressorName = Literal["voco", "full", "avgpool", "qformer", "blind"]
+CompressorName = Literal[
+  "voco", "voco_causal", "full", "avgpool", "qformer", "blind"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +162,11 @@ class CompressorConfig:
   text_sees_bos: bool
   qformer_layers: int = 2
   train_num_voco_tokens: Literal["fixed", "elastic"] = "fixed"
+
+  @property
+  def has_voco_tokens(self) -> bool:
+    """Whether VoCo tokens stand in the image stream."""
+    return self.name in ("voco", "voco_causal")
 
   @property
   def budgets(self) -> tuple[int, ...]:

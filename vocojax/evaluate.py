@@ -8,7 +8,8 @@ The first asks the held-out questions of the checkpoint's data set, and writes
 WORKDIR/evaluation/NAME.json, the answers, and the report again. The second
 writes WORKDIR/benchmarks/gqa/NAME/result.json beside the answers and the file
 to hand in; the same command goes on where it was stopped. With
-`--compressor=voco` on a `full` checkpoint either gives the lower bound. A
+`--compressor=voco` on a `voco_causal` checkpoint (the upper bound) either gives
+the lower bound. A
 checkpoint whose prompt layout this version lacks is refused unless `--layout`
 names one; NAME then ends in it, as it does in `int8` with `--int8`, in `m4`
 with `--num_voco_tokens=4`, in `adaptive` with `--adaptive` and in

@@ -91,12 +91,13 @@ def _train(config: Config, workdir: pathlib.Path) -> None:
 def _evaluate(
   plan: tuple[Config, ...], workdir: pathlib.Path, made_by: dict
 ) -> None:
-  """The last phase and, if asked for, the bounds from the `full` phase."""
+  """The last phase and, if asked for, both bounds from a `voco_causal` one."""
   distributed.ignore_preemption()
   runs = [(plan[-1], plan[-1].model.compressor.name)]
   if plan[-1].evaluation.bounds:
-    full = [c for c in plan if c.model.compressor.name == "full"]
-    runs += [(full[-1], "full"), (full[-1], "voco")] if full else []
+    causal = [c for c in plan if c.model.compressor.name == "voco_causal"]
+    for compressor in ("voco_causal", "voco") if causal else ():
+      runs.append((causal[-1], compressor))
   for config, compressor in runs:
     loaded = checkpoint.load(str(workdir / config.name))
     assemble.evaluate(loaded, workdir, compressor, made_by)

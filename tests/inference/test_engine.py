@@ -304,7 +304,10 @@ def test_an_abandoned_generate_leaves_a_clean_engine(engine):
   assert engine.run(requests) == expected
 
 
-@pytest.mark.parametrize("compressor, tokens", [("full", 17), ("avgpool", 5)])
+@pytest.mark.parametrize(
+  "compressor, tokens",
+  [("full", 17), ("avgpool", 5), ("voco_causal", 16 + 1 + 4)],
+)
 def test_other_compressors(folder, compressor, tokens):
   """Their cache gives what a single pass over everything gives."""
   with runs.quick_compile():

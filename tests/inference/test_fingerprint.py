@@ -144,6 +144,8 @@ def test_settings():
     {"dtype": "bfloat16"},
     {"compressor.text_sees_bos": True},
     {"compressor.name": "full"},
+    {"compressor.name": "voco_causal", "compressor.num_voco_tokens": 1},
+    {"compressor.name": "voco_causal", "compressor.num_voco_tokens": 4},
     {"compressor.name": "avgpool", "compressor.num_voco_tokens": 1},
     {"compressor.name": "avgpool", "compressor.num_voco_tokens": 4},
   ]

@@ -117,6 +117,7 @@ def _setup(k, rows, **overrides):
     (7, ONE_SLOT, {"scan_layers": False, "llm.num_key_value_heads": 4}),
     (7, TWO_SLOTS, {"llm.tie_word_embeddings": True}),
     (1, TWO_SLOTS, {"compressor.name": "full"}),
+    (2, TWO_SLOTS, {"compressor.name": "voco_causal"}),
   ],
 )
 def test_cached_answers_equal_the_joint_pass(k, rows, overrides):

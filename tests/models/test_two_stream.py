@@ -23,7 +23,7 @@ TOLERANCE = 1e-5  # relative, float32
 class Case:
   """One model and the shape of its batch."""
 
-  # 'bos' is voco with text_sees_bos, 'elastic' with a number of tokens drawn
+  # 'causal' is voco_causal. 'bos' is voco with text_sees_bos, 'elastic' with a number of tokens drawn
   # for each group of images; 'elastic bos' is both.
   compressor: str
   k: int
@@ -40,7 +40,9 @@ class Case:
   def vlm(self):
     return builders.model(
       {
-        "compressor.name": "full" if self.compressor == "full" else "voco",
+        "compressor.name": {"full": "full", "causal": "voco_causal"}.get(
+          self.compressor, "voco"
+        ),
         "compressor.text_sees_bos": "bos" in self.compressor,
         "compressor.train_num_voco_tokens": (
           "elastic" if "elastic" in self.compressor else "fixed"
@@ -69,6 +71,8 @@ CASES = [
   Case("full", 1, 2, (4, 4), False, True, "dots", 13, 2),
   Case("full", 1, 1, (4, 2), True, False, "none", 7, 3),
   Case("full", 1, 3, (4, 1), False, True, "full", 18, 2),
+  Case("causal", 2, 1, (4, 2), False, True, "full", 12, 2),
+  Case("causal", 5, 3, (4, 1), True, False, "none", 14, 2),
   Case("bos", 5, 2, (4, 4), False, True, "full", 12, 2),
   Case("bos", 1, 3, (2, 1), True, False, "none", 16, 1, num_layers=1),
   Case("bos", 16, 1, (4, 4), False, True, "dots", 11, 3),

@@ -2,16 +2,20 @@
 
 N images, A image-stream length, D width. Read next: `qformer.py`, `vlm.py`.
 
-| name      | image stream                           | visible to text |
-|-----------|----------------------------------------|-----------------|
-| `voco`    | prefix, patches, suffix, k VoCo tokens | the VoCo tokens |
-| `full`    | prefix, patches                        | all of it       |
-| `avgpool` | prefix, k pooled tokens                | all of it       |
-| `qformer` | prefix, k query tokens                 | all of it       |
-| `blind`   | prefix                                 | all of it       |
+| name          | image stream                           | visible to text |
+|---------------|----------------------------------------|-----------------|
+| `voco`        | prefix, patches, suffix, k VoCo tokens | the VoCo tokens |
+| `voco_causal` | the same                               | all of it       |
+| `full`        | prefix, patches                        | all of it       |
+| `avgpool`     | prefix, k pooled tokens                | all of it       |
+| `qformer`     | prefix, k query tokens                 | all of it       |
+| `blind`       | prefix                                 | all of it       |
 
 Every VoCo token is the same row of the embedding table; only its position
 tells the first from the second, so k may change without new parameters.
+`voco_causal` is the upper bound of the paper (arXiv 2406.12275, section 4.2):
+text is at the positions that it has with `voco`, and only the mask differs. Its
+weights read as `voco` are the lower bound. `full` is LLaVA.
 `avgpool` averages the patches of k regions of the image and maps each by one
 linear layer, as LLaMA-VID (arXiv 2311.17043) does. `blind` is the control that
 tells how far the questions alone lead.
@@ -106,7 +110,9 @@ def image_stream(config: ModelConfig, tokens: StreamTokens) -> ImageStream:
   after = tokens.suffix_ids + (tokens.voco_token_id,) * k
   first = len(before) + patches + len(tokens.suffix_ids)
   visible = tuple(range(first, first + k))
-  if compressor.text_sees_bos:
+  if compressor.name == "voco_causal":
+    visible = tuple(range(first + k))
+  elif compressor.text_sees_bos:
     visible = (0, *visible)
   return ImageStream(before, after, patches, visible, k)
 

@@ -143,7 +143,7 @@ def _rows(loaded: checkpoint.Loaded, layout, origin) -> Rows:
   voco = loaded.tokenizer.get_vocab()[VOCO_TOKEN]
   inside = voco + 1 < llm.vocab_size  # among the text tokens
   n = llm.vocab_size if inside else voco
-  published = inside or loaded.config.model.compressor.name == "voco"
+  published = inside or loaded.config.model.compressor.has_voco_tokens
   same = origin.get("layout") == layout
   special = 2 if layout == "llava_hf" else 0  # <image> and <pad>
   voco_id = voco if inside else n + special
