@@ -9,11 +9,10 @@ WORKDIR/evaluation/NAME.json, the answers, and the report again. The second
 writes WORKDIR/benchmarks/gqa/NAME/result.json beside the answers and the file
 to hand in; the same command goes on where it was stopped. With
 `--compressor=voco` on a `voco_causal` checkpoint (the upper bound) either gives
-the lower bound. A
-checkpoint whose prompt layout this version lacks is refused unless `--layout`
-names one; NAME then ends in it, as it does in `int8` with `--int8`, in `m4`
-with `--num_voco_tokens=4`, in `adaptive` with `--adaptive` and in
-`adaptive_0.05` with `--adaptive --adaptive_threshold=0.05`. Read next:
+the lower bound. A checkpoint whose prompt layout this version lacks is refused
+unless `--layout` names one; NAME then ends in it, as it does in `int8` with
+`--int8`, in `m4` with `--num_voco_tokens=4`, in `adaptive` with `--adaptive`
+and in `adaptive_0.05` with `--adaptive --adaptive_threshold=0.05`. Read next:
 evals/answers.py, evals/benchmark_answers.py.
 """
 

@@ -23,8 +23,8 @@ TOLERANCE = 1e-5  # relative, float32
 class Case:
   """One model and the shape of its batch."""
 
-  # 'causal' is voco_causal. 'bos' is voco with text_sees_bos, 'elastic' with a number of tokens drawn
-  # for each group of images; 'elastic bos' is both.
+  # 'bos' is voco with text_sees_bos, 'elastic' with a number of tokens drawn
+  # for each group of images; 'elastic bos' is both. 'causal' is voco_causal.
   compressor: str
   k: int
   slots: int

@@ -168,9 +168,9 @@ def _readme(plan: Plan) -> str:
   elif model.compressor.name == "voco_causal":
     k = model.compressor.num_voco_tokens
     lines.append(
-      f"After the patches and the separator of the prompt layout come {k} x "
-      f"`<voco>` (id {plan.rows.voco_id}), then text, which sees all before it: "
-      "plain causal attention."
+      "After the patches and the separator of the prompt layout come "
+      f"{k} x `<voco>` (id {plan.rows.voco_id}), then text, which sees all "
+      "before it: plain causal attention."
     )
   else:
     k = model.compressor.num_voco_tokens
