@@ -64,8 +64,8 @@ def _relevant(config: ModelConfig) -> dict:
   if config.compressor.name == "qformer":
     return fields
   del fields["compressor"]["qformer_layers"]
-  # The tokens of avgpool are parts of the image: k changes each of them. Of what
-  # text sees with voco_causal they are the end, and no cache is cut there.
+  # The tokens of avgpool are parts of the image: k changes each of them. With
+  # voco_causal text sees them with all else, and no cache is cut among them.
   if config.compressor.name not in ("avgpool", "voco_causal"):
     del fields["compressor"]["num_voco_tokens"]
   return fields
