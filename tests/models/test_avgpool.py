@@ -1,12 +1,15 @@
 """The `avgpool` compressor: what the regions are, and both passes."""
 
+import math
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.models import builders
 from vocojax.errors import ConfigError
-from vocojax.models.compressors import AveragePool, image_stream
+from vocojax.models.compressors import average_regions, image_stream
 
 
 def build(k, attention="two_stream", side=4):
@@ -29,18 +32,34 @@ def build(k, attention="two_stream", side=4):
   ],
 )
 def test_regions(k, regions):
-  vlm = build(k)
-  params = builders.init(vlm)["compressor"]
-  rng = np.random.default_rng(k)
-  patches = rng.normal(size=(2, 16, 16)).astype(np.float32)
-  pooled = AveragePool(vlm.config).apply(
-    {"params": params}, jnp.asarray(patches)
-  )
-  means = np.stack([patches[:, region].mean(1) for region in regions], axis=1)
-  linear = params["linear"]
-  np.testing.assert_allclose(
-    pooled, means @ linear["kernel"] + linear["bias"], atol=1e-5
-  )
+  features = np.random.default_rng(k).normal(size=(2, 16, 8))
+  features = features.astype(np.float32)
+  means = np.stack([features[:, region].mean(1) for region in regions], axis=1)
+  found = average_regions(jnp.asarray(features), build(k).config)
+  np.testing.assert_allclose(found, means, atol=1e-6)
+
+
+def test_the_mean_is_taken_before_the_projector():
+  """As in LLaMA-VID: of the tower's features, then projector and linear."""
+  vlm = build(1)
+  params = builders.init(vlm)
+  images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+  features = vlm.vision.features(params["vision"], jnp.asarray(images))
+  first, second = (params["projector"][f"linear_{i}"] for i in (1, 2))
+  hidden = np.asarray(features).mean(1) @ first["kernel"] + first["bias"]
+  erf = np.vectorize(math.erf)(np.asarray(hidden) / math.sqrt(2))
+  hidden = np.asarray(hidden) * (1 + erf) / 2
+  linear = params["compressor"]["pooled_linear"]
+  expected = hidden @ second["kernel"] + second["bias"]
+  expected = expected @ linear["kernel"] + linear["bias"]
+  found = vlm.embed_images(params, jnp.asarray(images))[:, -1]
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_the_mean_of_projected_patches_are_no_such_model():
+  """They were called `compressor/linear`, and had the same shapes."""
+  shapes = jax.eval_shape(build(1).init, jax.random.key(0))["compressor"]
+  assert set(shapes) == {"pooled_linear"}
 
 
 def test_stream():

@@ -86,8 +86,8 @@ def test_accumulation_changes_nothing(folder, one_device):
 # Where every parameter lies. Stacked layers have the layer dimension first.
 GOLDEN = {
   # Of avgpool; that of qformer is below.
-  "compressor/linear/bias": P("tensor"),
-  "compressor/linear/kernel": P("fsdp", "tensor"),
+  "compressor/pooled_linear/bias": P("tensor"),
+  "compressor/pooled_linear/kernel": P("fsdp", "tensor"),
   "llm/embed_tokens/embedding": P("tensor", "fsdp"),
   "llm/layers/input_layernorm/scale": P(None, None),
   "llm/layers/mlp/down_proj/kernel": P(None, "tensor", "fsdp"),

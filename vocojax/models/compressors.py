@@ -16,9 +16,10 @@ tells the first from the second, so k may change without new parameters.
 `voco_causal` is the upper bound of the paper (arXiv 2406.12275, section 4.2):
 text is at the positions that it has with `voco`, and only the mask differs. Its
 weights read as `voco` are the lower bound. `full` is LLaVA.
-`avgpool` averages the patches of k regions of the image and maps each by one
-linear layer, as LLaMA-VID (arXiv 2311.17043) does. `blind` is the control that
-tells how far the questions alone lead.
+`avgpool` averages the vision tower's features over k regions of the image, and
+each mean goes through the projector, as in LLaMA-VID (arXiv 2311.17043), and a
+linear layer. `blind` is the control that tells how far the questions alone
+lead.
 """
 
 import dataclasses
@@ -135,25 +136,32 @@ def pool_grid(config: ModelConfig) -> tuple[int, int]:
   return rows, k // rows
 
 
-class AveragePool(nn.Module):
-  """Mean over each region of the image, then one linear layer."""
+def average_regions(
+  features: Float[Array, "N patches D"], config: ModelConfig
+) -> Float[Array, "N K D"]:
+  """Mean over each of the k regions of `avgpool`."""
+  rows, columns = pool_grid(config)
+  side = config.vision.image_size // config.vision.patch_size
+  N, _, D = features.shape
+  x = features.reshape(N, rows, side // rows, columns, side // columns, D)
+  return x.mean((2, 4)).reshape(N, rows * columns, D)
+
+
+class PooledLinear(nn.Module):
+  """Linear layer of `avgpool`, on what the projector makes of the means.
+
+  Its parameters were called `linear` where the mean was taken of projected
+  patches, another model.
+  """
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(
-    self, patches: Float[Array, "N patches D"]
-  ) -> Float[Array, "N K D"]:
+  def __call__(self, x: Float[Array, "N K D"]) -> Float[Array, "N K D"]:
     c = self.config
-    rows, columns = pool_grid(c)
-    side = c.vision.image_size // c.vision.patch_size
-    x = patches.reshape(
-      -1, rows, side // rows, columns, side // columns, patches.shape[-1]
-    )
-    x = x.mean((2, 4)).reshape(len(x), rows * columns, -1)
     return layers.Dense(
       c.llm.hidden_size,
       dtype=c.dtype,
       param_dtype=c.param_dtype,
-      name="linear",
+      name="pooled_linear",
     )(x)

@@ -24,9 +24,10 @@ from vocojax.models import attention, head, layers, masks, precision
 from vocojax.models.cache import ImageKeyValues, TextCache
 from vocojax.models.clip import ClipVision
 from vocojax.models.compressors import (
-  AveragePool,
   ImageStream,
+  PooledLinear,
   StreamTokens,
+  average_regions,
   image_stream,
 )
 from vocojax.models.llama import Llama
@@ -105,17 +106,18 @@ class VisionLanguageModel:
       "projector": projector["params"],
       "llm": self.llm.init(llm_key),
     }
-    if self._pool:
+    if self._connector:
       grid = (1, self.config.vision.num_patches, self.config.llm.hidden_size)
-      pool = self._pool.init(projector_key, jnp.zeros(grid, self.config.dtype))
-      params["compressor"] = pool["params"]
+      patches = jnp.zeros(grid, self.config.dtype)
+      connector = self._connector.init(projector_key, patches)
+      params["compressor"] = connector["params"]
     return params
 
   @property
-  def _pool(self) -> AveragePool | QFormer | None:
-    """What makes fewer tokens of the patches before the language model."""
+  def _connector(self) -> PooledLinear | QFormer | None:
+    """What stands between the projector and the language model."""
     if self.config.compressor.name == "avgpool":
-      return AveragePool(self.config)
+      return PooledLinear(self.config)
     if self.config.compressor.name == "qformer":
       return QFormer(self.config)
     return None
@@ -131,11 +133,13 @@ class VisionLanguageModel:
         lambda ids: self.llm.embed(params["llm"], ids),
       )
     features = self.vision.features(params["vision"], images)
+    if self.config.compressor.name == "avgpool":
+      features = average_regions(features, self.config)
     patches = Projector(self.config).apply(
       {"params": params["projector"]}, features
     )
-    if self._pool:
-      patches = self._pool.apply({"params": params["compressor"]}, patches)
+    if self._connector:
+      patches = self._connector.apply({"params": params["compressor"]}, patches)
     return self.stream.embed(
       patches, lambda ids: self.llm.embed(params["llm"], ids)
     )

@@ -51,8 +51,8 @@ RULES = (
   (r"^projector/linear_1/bias", ("tensor",)),
   (r"^projector/linear_2/kernel", ("tensor", "fsdp")),
   (r"^projector/linear_2/bias", (None,)),
-  (r"^compressor/linear/kernel", ("fsdp", "tensor")),
-  (r"^compressor/linear/bias", ("tensor",)),
+  (r"^compressor/(pooled_)?linear/kernel", ("fsdp", "tensor")),
+  (r"^compressor/(pooled_)?linear/bias", ("tensor",)),
   (r"^compressor/queries", (None, "fsdp")),
   (
     r"^compressor/block_.*(q_proj|k_proj|v_proj|fc1)/kernel",
