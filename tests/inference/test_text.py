@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from vocojax.data import tokenizer
 from vocojax.inference.text import AnswerText
@@ -30,13 +30,37 @@ def byte_level() -> transformers.PreTrainedTokenizerFast:
   )
 
 
-@pytest.fixture(scope="module", params=["llama", "byte level", "word level"])
+def byte_pairs() -> transformers.PreTrainedTokenizerFast:
+  """Tokens of one or several bytes, which need not be whole characters."""
+  backend = tokenizers.Tokenizer(models.BPE())
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+    add_prefix_space=False, use_regex=False
+  )
+  backend.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=300,
+    special_tokens=["<s>", "</s>", "<voco>"],
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  backend.train_from_iterator(TEXTS, trainer)
+  return transformers.PreTrainedTokenizerFast(
+    tokenizer_object=backend, bos_token="<s>", eos_token="</s>"
+  )
+
+
+KINDS = ["llama", "byte level", "byte pairs", "word level"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def words(request):
   if request.param == "llama":
     folder = request.getfixturevalue("llama_tokenizer_folder")
     return tokenizer.load_tokenizer(folder)
   if request.param == "byte level":
     return byte_level()
+  if request.param == "byte pairs":
+    return byte_pairs()
   return tokenizer.build_word_level(TEXTS)
 
 
@@ -66,6 +90,56 @@ def test_streamed_text_is_the_decoded_text(words):
     silent = AnswerText(words)
     assert not any(silent.push(token) for token in ids)
     assert silent.finish() == expected
+
+
+def random_ids(words, rng) -> list[int]:
+  """Ids of any text and none, half of them of bytes where there are such."""
+  n = int(rng.integers(1, 40))
+  ids = rng.integers(0, len(words), n)
+  if len(words) > 30_000:  # LLaMA's bytes are tokens 3 to 258
+    ids = np.where(rng.random(n) < rng.choice([0.2, 0.9]), ids % 256 + 3, ids)
+  source = TEXTS[int(rng.integers(len(TEXTS)))]
+  for i, token in enumerate(ids_of(words, source)[:n]):
+    ids[i] = token if rng.random() < 0.5 else ids[i]
+  return ids.tolist()
+
+
+def test_any_tokens_give_the_same_text_streamed_or_not(words):
+  """Bytes that are no characters, special tokens in between, any order."""
+  rng = np.random.default_rng(0)
+  broken = 0
+  for _ in range(400):
+    ids = random_ids(words, rng)
+    expected = words.decode(ids, skip_special_tokens=True).strip()
+    broken += "\ufffd" in expected
+    text, pieces, *_ = stream(words, ids)
+    silent = AnswerText(words)
+    assert not any(silent.push(token) for token in ids)
+    assert silent.finish() == text == "".join(pieces) == expected
+  assert broken > 50 or "<0x41>" not in words.get_vocab()
+
+
+def test_any_tokens_stop_alike_streamed_or_not(words):
+  rng = np.random.default_rng(1)
+  stops = 0
+  for _ in range(300):
+    ids = random_ids(words, rng)
+    whole = words.decode(ids, skip_special_tokens=True)
+    first = int(rng.integers(0, len(whole) + 1))
+    stop = whole[first : first + int(rng.integers(1, 4))]
+    if not stop or "\ufffd" in stop:
+      continue
+    text, pieces, count, stopped = stream(words, ids, (stop,))
+    silent = AnswerText(words, (stop,))
+    taken = [silent.push(token) for token in ids[:count]]
+    assert silent.finish() == text == "".join(pieces)
+    assert taken == [False] * (count - 1) + [stopped]
+    until = words.decode(ids[:count], skip_special_tokens=True)
+    assert stopped == (stop in until)
+    if stopped:
+      assert text == until[: until.index(stop)].strip()
+      stops += 1
+  assert stops > 80
 
 
 def test_text_comes_as_early_as_it_can(words):
