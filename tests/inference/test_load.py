@@ -1,5 +1,9 @@
 """From a checkpoint to an engine: what may be asked for, and what not."""
 
+import os
+import subprocess
+import sys
+
 import orbax.checkpoint as ocp
 import pytest
 
@@ -40,6 +44,32 @@ def test_load_compress_ask(folder):
   assert loaded.origin == engine.origin
   sizes = (loaded.slots, loaded.max_images, loaded.max_text_length)
   assert sizes == (2, 2, 16)
+
+
+HALF_WAY = """
+import sys
+import vocojax
+from vocojax.inference.requests import Request
+
+engine = vocojax.load(sys.argv[1], slots=2)
+running = engine.generate(
+  Request([("what color is this ?", None)], max_new_tokens=n) for n in (1, 9)
+)
+print(next(running)[0])
+"""
+
+
+def test_an_abandoned_generate_says_nothing_at_the_end(folder):
+  process = subprocess.run(
+    [sys.executable, "-c", HALF_WAY, str(folder / "voco")],
+    cwd=runs.ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"} | runs.cached(folder),
+    capture_output=True,
+    text=True,
+    timeout=200,
+  )
+  assert process.returncode == 0
+  assert (process.stdout, process.stderr) == ("0\n", "")
 
 
 def test_other_compressors(folder):

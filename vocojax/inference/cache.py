@@ -73,6 +73,11 @@ class VocoCache:
       object.__setattr__(self, name, _read_only(x))
     self._validate()
 
+  def __reduce__(self):
+    """Pickles and copies are made as any cache is, with arrays of their own."""
+    fields = dataclasses.fields(self)
+    return type(self), tuple(getattr(self, x.name) for x in fields)
+
   def _arrays(self) -> dict[str, np.ndarray]:
     """The arrays by name; without scales where there are none."""
     arrays = {

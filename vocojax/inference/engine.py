@@ -254,6 +254,7 @@ class Engine:
     if self._busy:
       raise RuntimeError("the engine is already generating; finish that first")
     self._busy = True
+    self._clear()
     try:
       waiting = enumerate(requests)
       while True:
@@ -264,7 +265,8 @@ class Engine:
         for slot in self._taken():
           yield from self._push(slot, tokens[slot])
     finally:  # also where the caller stops half-way
-      self._clear()
+      # At the end of Python, when the globals of this module may be gone.
+      self._jobs = [None] * self.slots
       self._busy = False
 
   def check(self, request: Request) -> None:
