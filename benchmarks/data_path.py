@@ -181,6 +181,7 @@ def stages(source, data: DataConfig, prompts: PromptConfig) -> str:
   records = [timed("read JSON", source.__getitem__, i) for i in range(_STAGED)]
   prepared = [timed("tokenise", encoder.prepare, x, rng) for x in records]
   packer = packing.Packer(prepared, len(prepared), data)
+  processor = images.ImageProcessor(_SIZE, pad_to_square=True)
   count = 0
   while not count or not packer.done:
     parts, _ = timed("choose rows", packer.next_row)
@@ -189,7 +190,7 @@ def stages(source, data: DataConfig, prompts: PromptConfig) -> str:
       pixels = np.zeros((x.num_images, _SIZE, _SIZE, 3), np.uint8)
       for i, path in enumerate(x.record.images):
         image = timed("decode JPEG", images.decode_image, path)
-        pixels[i] = timed("pad, resize", images.preprocess, image, _SIZE, True)
+        pixels[i] = timed("pad, resize", processor.scale, image)
         count += 1
       loaded.append((x, pixels))
     row = timed("lay out row", encoder.lay, loaded)

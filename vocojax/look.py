@@ -22,8 +22,8 @@ from jaxtyping import UInt8
 
 from vocojax import assemble, cli
 from vocojax.config import Config
-from vocojax.data import images as images_lib
 from vocojax.data import pipeline
+from vocojax.data.images import ImageProcessor
 from vocojax.data.sources import make_source
 from vocojax.errors import CheckpointError, UserError
 from vocojax.evals import look_plots, probe
@@ -82,13 +82,8 @@ def _pixels(config: Config) -> UInt8[np.ndarray, "n S S 3"]:
   size = config.model.vision.image_size
   if _IMAGES.value is not None:
     paths = find_images(_IMAGES.value)[:SHOWN]
-    pad = config.data.pad_to_square
-    return np.stack(
-      [
-        images_lib.preprocess(images_lib.decode_image(path), size, pad)
-        for path in paths
-      ]
-    )
+    processor = ImageProcessor(size, config.data.pad_to_square)
+    return np.stack([processor(path) for path in paths])
   source = make_source(config.data, config.evaluation.split)
   records = pipeline.eval_records(source, size, config.data)
   found = (pixels[0] for _, pixels in records if len(pixels))

@@ -58,9 +58,8 @@ class Gaps:
 
   def add(self, source, upright, size=336, padded=(True, False)):
     """`source` through vocojax against `upright`, an RGB image, through HF."""
-    decoded = images.decode_image(source, "a test")
     for pad_to_square in padded:
-      ours = images.preprocess(decoded, size, pad_to_square)
+      ours = images.ImageProcessor(size, pad_to_square)(source)
       theirs = reference(upright, size, pad_to_square)
       gap = np.abs(ours.astype(int) - theirs)
       self.largest = max(self.largest, int(gap.max()))

@@ -5,6 +5,7 @@ record can have at most. The arrays are described in pipeline.py.
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -194,12 +195,18 @@ def load_images(
     DataError: an image is bad, or there are more than `data.max_images`.
   """
   _check_number(record, data)
+  processor = images.ImageProcessor(image_size, data.pad_to_square)
   result = np.zeros((len(record.images), image_size, image_size, 3), np.uint8)
   for i, source in enumerate(record.images):
-    which = source if not isinstance(source, bytes) else f"image {i}"
-    image = images.decode_image(source, f"record {record.id}: {which}")
-    result[i] = images.preprocess(image, image_size, data.pad_to_square)
+    try:
+      result[i] = processor(source, _image_name(source, i))
+    except DataError as e:
+      raise e.within(f"record {record.id}") from e
   return result
+
+
+def _image_name(source: bytes | pathlib.Path, index: int) -> str:
+  return f"image {index}" if isinstance(source, bytes) else str(source)
 
 
 def _check_number(record: Record, data: DataConfig) -> None:

@@ -20,7 +20,7 @@ from vocojax.errors import DataError, UserError
 def read_frames(
   path: str | os.PathLike, max_frames: int, size: int, pad_to_square: bool
 ) -> UInt8[np.ndarray, "F S S 3"]:
-  """One frame a second of a video, each scaled as `images.preprocess` does.
+  """One frame a second of a video, each scaled as `images.ImageProcessor` does.
 
   Args:
     path: a video file of any format that FFmpeg reads.
@@ -33,6 +33,7 @@ def read_frames(
     DataError: the file is missing or damaged, or has no picture.
   """
   av = _library(path)
+  processor = images.ImageProcessor(size, pad_to_square)
   frames: list[np.ndarray] = []
   try:
     with av.open(os.fspath(path)) as container:
@@ -47,7 +48,7 @@ def read_frames(
       for index, frame in enumerate(_decode(av, container, stream)):
         if index % step == 0:
           image = frame.to_image()
-          frames.append(images.preprocess(image, size, pad_to_square))
+          frames.append(processor.scale(image))
   except (av.FFmpegError, ValueError) as e:
     raise DataError(
       f"{path}: not a video that can be read ({' '.join(str(e).split())}); "

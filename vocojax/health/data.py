@@ -7,7 +7,6 @@ records; images are decoded for a sample, since that takes far longer.
 
 import collections
 import dataclasses
-import io
 import math
 import pathlib
 import sys
@@ -16,10 +15,9 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import tqdm
 import transformers
-from PIL import Image
 
 from vocojax.config import Config
-from vocojax.data import pipeline, prompt
+from vocojax.data import images, pipeline, prompt
 from vocojax.data.sources import Record, Source
 from vocojax.errors import DataError
 from vocojax.evals import plots
@@ -178,10 +176,7 @@ class _Surveyor:
 
   def _size(self, record: Record, image: bytes | pathlib.Path) -> None:
     """Whether an image that can be decoded shows anything."""
-    opened = Image.open(
-      io.BytesIO(image) if isinstance(image, bytes) else image
-    )
-    with opened:
+    with images.open_image(image) as opened:
       short, long = sorted(opened.size)
       width, height = opened.size
     name = "" if isinstance(image, bytes) else f" {image}"

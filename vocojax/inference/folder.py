@@ -120,8 +120,8 @@ class _Read(grain.transforms.Map):
     if digest in self.known:
       return ImageFile(digest)
     try:
-      image = images.decode_image(content, path)
-      pixels = images.preprocess(image, self.size, self.pad_to_square)
+      processor = images.ImageProcessor(self.size, self.pad_to_square)
+      pixels = processor(content, path)
     except DataError as e:
       return ImageFile(digest, error=str(e))
     return ImageFile(digest, pixels)

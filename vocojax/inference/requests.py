@@ -2,23 +2,19 @@
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 import transformers
-from PIL import Image
 
+from vocojax.core import files
 from vocojax.data import images, prompt
-from vocojax.errors import DataError, UserError
+from vocojax.data.images import ImageLike
+from vocojax.errors import UserError
 from vocojax.inference.cache import CacheOrigin, VocoCache, image_hash
 from vocojax.inference.sampling import Sampling
 from vocojax.inference.text import AnswerText
-
-# A path, the content of an image file, an opened image, or RGB pixels uint8
-# [height, width, 3].
-ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,29 +225,10 @@ def read_image(
   Raises:
     DataError: it is not an image, or too large.
   """
-  if isinstance(image, np.ndarray):
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-      raise DataError(
-        f"image array: found {image.dtype} {list(image.shape)}, expected uint8 "
-        "[height, width, 3] in RGB"
-      )
-    digest, opened = image_hash(image), Image.fromarray(image)
-  elif isinstance(image, Image.Image):
-    digest, opened = image_hash(image), images.to_rgb(image, "image")
-  else:
-    content, name = image, ""
-    if not isinstance(content, bytes):
-      name = str(image)
-      content = _read_file(name)
-    digest = image_hash(content)
-    opened = images.decode_image(content, name or f"image {digest[:12]}")
-  return images.preprocess(opened, size, pad_to_square), digest
-
-
-def _read_file(path: str) -> bytes:
-  try:
-    return pathlib.Path(path).expanduser().read_bytes()
-  except OSError as e:
-    raise DataError(
-      f"{path}: cannot be read ({e.strerror}); name an image file"
-    ) from e
+  name = ""
+  if isinstance(image, str | os.PathLike):
+    name = str(image)
+    image = files.read_bytes(os.path.expanduser(name), limit=images.MAX_BYTES)
+  digest = image_hash(image)
+  processor = images.ImageProcessor(size, pad_to_square)
+  return processor(image, name or f"image {digest[:12]}"), digest
