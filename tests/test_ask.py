@@ -311,16 +311,16 @@ def test_bad_images_fail_their_lines(folder, answers, program, tmp_path):
   status, _, err = program(arguments, f"--out={out}")
   assert status == 1
   assert "12 answers, 4 errors; 3 images compressed" in err
-  assert err.count("broken.png: not an image of a known format") == 1
+  assert err.count("broken.png: got a file that begins") == 1
   for _ in range(2):
     found = {x["id"]: x for x in read_lines(out)}
     assert len(found) == len(read_lines(out)) == len(lines)
     for line in LINES[:12]:
       assert found[line["id"]]["answer"] == answers[line["id"]]
     for name, words in (
-      ("a", "/broken.png: not an image of a known format"),
+      ("a", "/broken.png: got a file that begins"),
       ("b", "/gone.png: cannot be read (No such file or directory)"),
-      ("c", "/broken.png: not an image of a known format"),
+      ("c", "/broken.png: got a file that begins"),
       ("d", "its prompt has 800 tokens"),
     ):
       assert words in found[name]["error"] and "answer" not in found[name]
@@ -475,7 +475,7 @@ def converse(folder, engine, terminal, answer):
   )
   # Nothing changes where a command fails.
   assert terminal.say(f"/image {folder}/broken.png").startswith(
-    f"error: {folder}/broken.png: not an image of a known format"
+    f"error: {folder}/broken.png: got a file that begins"
   )
   assert terminal.say("/imagine x").startswith("error: /imagine: unknown")
   assert terminal.say("/image").startswith("error: /image: needs at least")
@@ -562,7 +562,7 @@ def test_interrupted_answers(folder, endless):
     (["--checkpoint=nowhere", "a ?"], "nowhere: no folder 'checkpoints' in"),
     ([""], "an empty question; write one in quotes"),
     ([" ", " "], "an empty question; "),
-    (["--image=0.png,broken.png", "a ?"], "broken.png: not an image of a kn"),
+    (["--image=0.png,broken.png", "a ?"], "broken.png: got a file that beg"),
     (["--image=absent.png", "a ?"], "absent.png: cannot be read (No such f"),
     (["--num_voco_tokens=3", "a ?"], "num_voco_tokens: found 3, but "),
     (["--temperature=-1", "a ?"], "temperature: found -1.0, expected 0, or"),

@@ -117,10 +117,10 @@ def test_folder_with_all_sorts_of_files(tmp_path, program, engine):
   for line, words in zip(
     failed,
     (
-      "not an image of a known format",
+      "a file that begins with b'not an i'",
       "an empty file",
       "cannot be read (No such file or directory)",
-      "not an image that can be read",
+      "an image that can be read",
     ),
     strict=True,
   ):

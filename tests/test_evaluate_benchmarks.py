@@ -410,7 +410,7 @@ def test_bad_input(folder, program, tmp_path):
     (
       "gqa",
       [f"--data={data}", out],
-      r"question [13]: \S*n1.png: not an image of a known format; replace",
+      r"question [13]: \S*n1.png: got a file that begins with b'not an i'",
     ),
     ("gqa", ["--judge_url=http://x", "--judge_model=m"], ".*takes no judge"),
     ("msvd_qa", ["--judge_url=http://x"], "--judge_model: missing, expected"),

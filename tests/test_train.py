@@ -71,14 +71,12 @@ def long_answer(entry):
 BAD_RECORDS = {
   "truncated": (
     runs.entry(4) | {"image": "truncated.png"},
-    "record r4: FOLDER/truncated.png: not an image that can be read (image "
-    "file is truncated",
-    "); replace the file (config.data.on_bad_record=skip would leave it out)",
+    "record r4: FOLDER/truncated.png: got image file is truncated",
+    "Fix: replace the file (config.data.on_bad_record=skip would leave it out)",
   ),
   "missing_file": (
     runs.entry(5) | {"image": "nowhere.png"},
-    "record r5: FOLDER/nowhere.png: no such image file (FOLDER/nowhere.png); "
-    "check config.data.image_folder",
+    "record r5: FOLDER/nowhere.png: got no such file, ",
     " (config.data.on_bad_record=skip would leave it out)",
   ),
   "missing_field": (

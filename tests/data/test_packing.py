@@ -334,8 +334,8 @@ def bad_source(folder):
 
 
 MESSAGES = [
-  "record r4: .*cut.png: not an image .*replace the file",
-  "record r8: .*gone.png: no such image file .*image_folder",
+  "record r4: .*cut.png: got image file is truncated.*replace the file",
+  "record r8: .*gone.png: got no such file",
   "record 13 .id 'r13'.: field conversations: found 'nothing'",
   "record r18: a conversation of 28 tokens, expected at most 24; raise",
 ]

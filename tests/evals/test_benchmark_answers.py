@@ -112,5 +112,5 @@ def test_bad_image_names_the_question(folder, engine, tmp_path):
       ("bad", b"not an image"),
     )
   ]
-  with pytest.raises(DataError, match=r"question bad: image .*: not an image"):
+  with pytest.raises(DataError, match=r"question bad: image .*: got a file"):
     asker(folder, engine).answer(questions, tmp_path, "m")

@@ -82,8 +82,8 @@ def test_all_of_it_broken(folder, tmp_path):
     rf"checkpoint {steps}/5: lacks optimizer: error: move this folder away; "
     "the run then goes on from step 3",
     rf"checkpoint {steps}/7.orbax-checkpoint-tmp: half-written: warning: .*",
-    rf"data of voco, missing images: 1: error: record r0: {images}/0.png: no "
-    r"such image file .*; check config.data.image_folder",
+    rf"data of voco, missing images: 1: error: record r0: {images}/0.png: got "
+    r"no such file, .*",
     "data of voco, records: 23 of 24 can be trained on .*: error: training "
     "stops at the first other one; .*",
   )
@@ -92,7 +92,7 @@ def test_all_of_it_broken(folder, tmp_path):
     assert re.fullmatch(pattern, line), line
   assert process.stdout.splitlines()[-1] == "5 errors, 1 warning"
   (listed,) = (tmp_path / "list.txt").read_text().splitlines()
-  assert listed.startswith(f"record r0: {images}/0.png: no such image file")
+  assert listed.startswith(f"record r0: {images}/0.png: got no such file")
 
 
 def test_broken_json(folder, tmp_path):

@@ -98,8 +98,8 @@ def test_findings(folder):
     "'nothing', expected a list of turns; add it (and 1 more)",
     "data of voco, missing images: 2: error: "
     + image % ("r1", "none.png")
-    + f"no such image file ({folder}/none.png); check config.data.image_folder "
-    "(and 1 more)",
+    + "got no such file, expected a file. Fix: check the path and the folder "
+    "it is in (and 1 more)",
     "data of voco, too many images: 1: error: record r4: 2 images, expected at "
     "most 1; raise config.data.max_images",
     "data of voco, texts longer than a row: 1: error: record r5: a "
@@ -107,7 +107,9 @@ def test_findings(folder):
     "config.data.max_text_length or shorten the answers",
     "data of voco, images that cannot be decoded: 3: error: "
     + image % ("r2", "text.png")
-    + "not an image of a known format; replace the file (and 2 more)",
+    + "got a file that begins with b'no image', expected an image (AVIF, BMP, "
+    "GIF, JPEG, PNG, PPM, TIFF, WEBP). Fix: save it as PNG or JPEG (and 2 "
+    "more)",
     f"data of voco, images of odd size: 2, the first: record r6: {folder}"
     "/long.png 200x17: warning: look at them: they are below 16 pixels high or "
     "wide, or more than 10 times as long as wide",

@@ -377,9 +377,9 @@ def test_errors_of_images(engine, cache, folder):
   foreign = dataclasses.replace(cache, origin=origin)
   with pytest.raises(CacheError, match=r"request 0: made by .*other/1"):
     engine.check(question(images=foreign))
-  with pytest.raises(DataError, match=r"nothing.png: cannot be read"):
+  with pytest.raises(DataError, match=r"nothing.png: got no such file"):
     engine.compress(folder / "nothing.png")
-  with pytest.raises(DataError, match=r"data.json: not an image"):
+  with pytest.raises(DataError, match=r"data.json: got a file that begins"):
     engine.ask("is it green ?", folder / "data.json")
   with pytest.raises(DataError, match="uint8"):
     engine.compress(np.zeros((8, 8), np.uint8))
