@@ -10,6 +10,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -147,6 +148,39 @@ def cached(folder: pathlib.Path) -> dict[str, str]:
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
   }
+
+
+def children(pid: int) -> set[int]:
+  """Processes that a process and its children have started and that live."""
+  parents = {}
+  for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+    with contextlib.suppress(OSError):  # it has ended meanwhile
+      state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+      if state != "Z":
+        parents[int(stat.parent.name)] = int(parent)
+  found, size = {pid}, 0
+  while len(found) > size:
+    size = len(found)
+    found |= {child for child, parent in parents.items() if parent in found}
+  return found - {pid}
+
+
+def wait_until(condition, seconds: float) -> None:
+  """Until something is so; an error if it takes longer than that."""
+  end = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < end
+    time.sleep(0.01)
+
+
+def running(pids: set[int]) -> set[int]:
+  """Those of some processes that still live."""
+  return pids & children(0)
+
+
+def shared_memory() -> set[str]:
+  """Names of what processes share; other programs have theirs there, too."""
+  return set(os.listdir("/dev/shm"))
 
 
 # Imports the program once and forks for each command line that it reads.

@@ -264,6 +264,19 @@ def test_interrupted_and_resumed(
   assert contents(store) == whole
 
 
+def test_workers_end_with_a_killed_run(tmp_path, start):
+  memory = runs.shared_memory()
+  process = start(tmp_path / "store", "--num_workers=2")
+  wait_for_entries(process, tmp_path / "store", 1)
+  workers = runs.children(process.pid)
+  memory = runs.shared_memory() - memory
+  assert len(workers) == 3  # and the resource tracker
+  process.kill()
+  process.communicate(timeout=60)  # workers that live would hold its output
+  assert not runs.running(workers)
+  runs.wait_until(lambda: not memory & runs.shared_memory(), 60)
+
+
 def test_shards_share_the_work(tmp_path, folder, program, whole):
   store = tmp_path / "store"
   seen = []

@@ -239,12 +239,8 @@ class _Stop:
     for number, before in self._before.items():
       signal.signal(number, before)
 
-  def __exit__(self, kind, *_):
+  def __exit__(self, *_):
     self._restore()
-    if self.arrived and kind is RuntimeError:
-      # A terminal's Ctrl-C goes to all processes, and those that are to read
-      # images were not ready for it.
-      raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -3,7 +3,11 @@
 import dataclasses
 import logging
 import multiprocessing
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -63,6 +67,86 @@ def test_slow_data_is_named(folder, monkeypatch, caplog, seconds):
     "it"
   )
   assert said == ([expected] if seconds else [])
+
+
+# A run's data with two workers: says when they start and when a batch came.
+FEED = """
+import os, pathlib, sys, threading, time
+from tests import runs
+from tests.training import test_feed
+from vocojax.training import loop
+
+def say():
+  while len(runs.children(os.getpid())) < 3:  # and the resource tracker
+    time.sleep(0.001)
+  print("started", flush=True)
+
+def main(folder, name):
+  phase = test_feed.phase_of(pathlib.Path(folder), name, num_workers=2)
+  data = loop._feed(phase)
+  threading.Thread(target=say).start()
+  for _ in range(20):
+    next(data)
+    print("batch", flush=True)
+    sys.stdin.readline()
+  data.close()
+
+main(*sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def start(folder):
+  """Starts a process with workers; all of them end with the test."""
+  process = None
+
+  def start(name: str) -> subprocess.Popen:
+    nonlocal process
+    process = subprocess.Popen(
+      [sys.executable, "-c", FEED, folder, name],
+      cwd=runs.ROOT,
+      env=os.environ | {"JAX_PLATFORMS": "cpu"},
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    return process
+
+  yield start
+  with process:
+    for pid in runs.children(process.pid):
+      os.kill(pid, signal.SIGKILL)
+    process.kill()
+
+
+@pytest.mark.parametrize("moment", ["started", "batch"])
+def test_data_workers_end_with_a_killed_run(start, moment):
+  memory = runs.shared_memory()
+  process = start(f"killed_{moment}")
+  while process.stdout.readline() != f"{moment}\n":
+    assert process.poll() is None, process.stderr.read()
+  workers = runs.children(process.pid)
+  assert len(workers) == 3
+  memory = runs.shared_memory() - memory
+  process.kill()
+  process.wait()
+  runs.wait_until(lambda: not runs.running(workers), 60)
+  runs.wait_until(lambda: not memory & runs.shared_memory(), 60)
+
+
+def test_data_workers_leave_signals_to_the_run(start):
+  """From their first moment on."""
+  process = start("signals")
+  while process.stdout.readline() != "started\n":
+    assert process.poll() is None, process.stderr.read()
+  for pid in runs.children(process.pid):
+    os.kill(pid, signal.SIGINT)
+    os.kill(pid, signal.SIGTERM)
+  out, err = process.communicate("\n" * 20, timeout=100)
+  assert not err, err
+  assert process.returncode == 0
+  assert out.count("batch\n") >= 19
 
 
 def test_dead_data_worker_is_named(folder):

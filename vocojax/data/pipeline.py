@@ -32,6 +32,7 @@ from absl import flags, logging
 from jaxtyping import UInt8
 
 from vocojax.config import DataConfig
+from vocojax.core import workers
 from vocojax.data import grouping, packing
 from vocojax.data.rows import Arrays, Encoder, Prepared, load_images
 from vocojax.data.sources import Record, Source
@@ -334,7 +335,8 @@ class _BatchIterator(grain.DatasetIterator):
           per_worker_buffer_size=-(
             -self._dataset.batch_size // data.num_workers
           ),
-        )
+        ),
+        worker_init_fn=workers.begin,
       )
     return iter(rows)
 

@@ -6,12 +6,12 @@ S pixels a side of an image as the model wants it.
 import dataclasses
 import os
 import pathlib
-import signal
 
 import grain
 from jaxtyping import UInt8
 from numpy import ndarray
 
+from vocojax.core import workers
 from vocojax.data import images
 from vocojax.errors import DataError
 from vocojax.inference.cache import image_hash
@@ -91,14 +91,15 @@ def read_images(
         num_workers=num_workers,
         per_worker_buffer_size=-(-ahead // num_workers),
       ),
-      worker_init_fn=_ignore_interrupts,
+      worker_init_fn=workers.begin,
     )
-  return iter(dataset)
-
-
-def _ignore_interrupts(*_) -> None:
-  """A terminal's Ctrl-C goes to all processes; the first one handles it."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
+    dataset = grain.experimental.ThreadPrefetchIterDataset(
+      dataset, prefetch_buffer_size=1
+    )
+  files = iter(dataset)
+  if num_workers:
+    workers.start(files)
+  return files
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from vocojax.config import DataConfig
+from vocojax.core import workers
 from vocojax.data import pipeline
 from vocojax.data.sources import Source
 from vocojax.errors import DataError
@@ -39,6 +40,7 @@ class Feed:
   ):
     self._rows = sharding.rows(mesh)
     self._index, self.shard_count = sharding.data_share(mesh, data.batch_size)
+    self._has_workers = data.num_workers > 0
     self._may_skip = data.on_bad_record == "skip"
     self.bad_records = 0
     self.fill: dict[str, int] = {}
@@ -60,6 +62,8 @@ class Feed:
     Raises:
       DataError: a record is bad, or a worker process died.
     """
+    if self._has_workers:
+      workers.start(self._iterator)
     with self._named():
       batch = next(self._iterator)
     for message in batch.bad_records:
