@@ -20,6 +20,11 @@ def get_config():
   c.model.compressor.name = "full"
   c.prompt.layout = "plain"
   c.data.update(batch_size=256, max_text_length=256, pad_to_square=False)
+  c.data.micro_batch_size = 32
+  c.training.loss_mean = "micro_batches"
   c.optimizer.update(learning_rate=1e-3, freeze=("^vision/", "^llm/"))
+  # Off, as in effect in the original: its DeepSpeed file does not hand on
+  # max_grad_norm. 1.0 is the safer choice for anything but a comparison.
+  c.optimizer.update(grad_clip=0.0, schedule="hf_cosine")
   c.training.epochs = 1.0
   return c

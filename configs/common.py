@@ -55,6 +55,9 @@ def get_config() -> ConfigDict:
   llm.rope.low_freq_factor = 1.0  # above context / this: stretched in full
   llm.rope.high_freq_factor = 4.0  # below context / this: left alone
   llm.rope.original_max_position_embeddings = 8192  # that context, tokens
+  # 'bfloat16': positions are rounded to 8 bits in training only, as happens in
+  # the original under ZeRO-3. From 512 on, four neighbours share an angle.
+  llm.rope.round_positions = "none"
 
   vision = c.model.vision = ConfigDict()
   vision.image_size = 336  # pixels a side
@@ -111,6 +114,9 @@ def get_config() -> ConfigDict:
   c.data.batching = "shuffle"
   c.data.pack_lookahead = 256  # records that may wait for a fitting row
   c.data.batch_size = 128  # text rows per step, over all devices and hosts
+  # Rows that the original has on a device at a time. 'group_by_length' gives
+  # each such run of rows about equally many words; see training.loss_mean.
+  c.data.micro_batch_size = 8
   c.data.flip_images = False  # mirror at random, both ways
   c.data.pad_to_square = True  # False: centre crop loses the long side's ends
   c.data.num_workers = 0  # processes that decode; 0 decodes in a thread
@@ -134,7 +140,9 @@ def get_config() -> ConfigDict:
   c.optimizer.no_decay = ("norm", "bias", "embed")
   c.optimizer.grad_clip = 1.0  # global norm; 0 is off
   c.optimizer.warmup_ratio = 0.03  # of all steps
-  c.optimizer.schedule = "cosine"  # 'linear', 'constant'
+  # 'linear', 'constant'; 'hf_cosine' is transformers': the first step is at
+  # rate 0, and learns nothing.
+  c.optimizer.schedule = "cosine"
   c.optimizer.end_learning_rate = 0.0  # as a fraction of the peak
   # Parameters whose path matches one of these are not trained: they get no
   # gradient and no optimiser state.
@@ -143,7 +151,13 @@ def get_config() -> ConfigDict:
   c.training = ConfigDict()
   c.training.steps = 0  # optimiser steps; this or epochs
   c.training.epochs = 0.0  # passes over the training split; packed: about
-  c.training.accumulate = 1  # micro-batches per step; divides batch_size
+  c.training.accumulate = 1  # parts of a batch, in turn; divides batch_size
+  # What a step's loss is the mean over: all trained tokens of its batch; or
+  # 'micro_batches': the tokens of each run of data.micro_batch_size rows, and
+  # then the runs. An answer among short ones then counts more than one among
+  # long ones. Runs are of the order of rows, whatever the mesh and accumulate;
+  # a packed row counts as one, however many records it holds.
+  c.training.loss_mean = "tokens"
   c.training.log_every = 10  # steps
   c.training.checkpoint_every = 500  # steps
   c.training.keep_checkpoints = 2  # newest ones

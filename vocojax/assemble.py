@@ -217,6 +217,8 @@ def result_name(
   name, title = _RESULTS[loaded.config.model.compressor.name, compressor]
   if layout := loaded.chosen_layout:
     name, title = f"{name}_{layout}", f"{title}, prompt layout {layout}"
+  if loaded.config.model.dtype == "float16":
+    name, title = f"{name}_float16", f"{title}, in float16"
   if int8:
     name, title = f"{name}_int8", f"{title}, 8-bit cache"
   _check_num_voco_tokens(loaded, compressor, num_voco_tokens)
@@ -244,7 +246,11 @@ def load_model(loaded: checkpoint.Loaded, config: Config):
   Raises:
     CheckpointError: it lacks some.
   """
-  model = make_model(config, loaded.tokenizer)
+  # Only training rounds positions.
+  rope = dataclasses.replace(config.model.llm.rope, round_positions="none")
+  llm = dataclasses.replace(config.model.llm, rope=rope)
+  exact = dataclasses.replace(config.model, llm=llm)
+  model = make_model(dataclasses.replace(config, model=exact), loaded.tokenizer)
   mesh = sharding.local_mesh(config.mesh)
   params, missing = checkpoint.load_params(
     str(loaded.path), loop.abstract_params(model, mesh), config.model

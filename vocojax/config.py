@@ -31,6 +31,7 @@ class RopeConfig:
   low_freq_factor: float
   high_freq_factor: float
   original_max_position_embeddings: int
+  round_positions: Literal["none", "bfloat16"] = "none"
 
   def __post_init__(self):
     _above_zero(self, "model.llm.rope", "theta factor low_freq_factor")
@@ -209,7 +210,7 @@ class ModelConfig:
   attention_block_size: int
   logits_chunk: int
   mlp_chunks: int
-  dtype: Literal["float32", "bfloat16"]
+  dtype: Literal["float32", "bfloat16", "float16"]
   param_dtype: Literal["float32", "bfloat16"]
   remat: Literal["none", "full", "dots"]
   scan_layers: bool
@@ -278,12 +279,14 @@ class DataConfig:
   prefetch_batches: int
   on_bad_record: Literal["skip", "stop"]
   grid_size: int = 2
+  micro_batch_size: int = 8
 
   def __post_init__(self):
     _positive(
       self,
       "data",
-      "max_text_length max_images pack_lookahead batch_size prefetch_batches",
+      "max_text_length max_images pack_lookahead batch_size prefetch_batches "
+      "micro_batch_size",
     )
     _not_negative(self, "data", "conversations_per_record num_workers")
     if self.grid_size not in (2, 3, 4):
@@ -339,7 +342,7 @@ class OptimizerConfig:
   no_decay: tuple[str, ...]
   grad_clip: float
   warmup_ratio: float
-  schedule: Literal["cosine", "linear", "constant"]
+  schedule: Literal["cosine", "hf_cosine", "linear", "constant"]
   end_learning_rate: float
   freeze: tuple[str, ...]
 
@@ -370,6 +373,7 @@ class TrainingConfig:
   evaluate: bool
   distill_weight: float = 0.0
   teacher: str = "self"
+  loss_mean: Literal["tokens", "micro_batches"] = "tokens"
 
   def __post_init__(self):
     _not_negative(self, "training", "distill_weight")
@@ -514,6 +518,23 @@ def _phase(values: Mapping, where: str) -> Config:
       f"{config.training.distill_weight} with compressor {compressor.name!r}",
       "0, since only 'voco' has a teacher that sees more of the same stream",
       "set it in the phases with that",
+    )
+  if config.model.dtype == "float16":
+    raise ConfigError(
+      f"{where}.model.dtype",
+      "'float16'",
+      "'bfloat16' or 'float32' to train in, since gradients overflow float16",
+      "set 'bfloat16'; vocojax.evaluate has --float16",
+    )
+  data = config.data
+  in_runs = config.training.loss_mean == "micro_batches"
+  in_runs |= data.batching == "group_by_length"
+  if in_runs and data.batch_size % data.micro_batch_size:
+    raise ConfigError(
+      f"{where}.data.micro_batch_size",
+      str(data.micro_batch_size),
+      f"a divisor of config.data.batch_size ({data.batch_size})",
+      "choose a divisor",
     )
   return config
 

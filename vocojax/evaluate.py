@@ -10,10 +10,11 @@ writes WORKDIR/benchmarks/gqa/NAME/result.json beside the answers and the file
 to hand in; the same command goes on where it was stopped. With
 `--compressor=voco` on a `voco_causal` checkpoint (the upper bound) either gives
 the lower bound. A checkpoint whose prompt layout this version lacks is refused
-unless `--layout` names one; NAME then ends in it, as it does in `int8` with
-`--int8`, in `m4` with `--num_voco_tokens=4`, in `adaptive` with `--adaptive`
-and in `adaptive_0.05` with `--adaptive --adaptive_threshold=0.05`. Read next:
-evals/answers.py, evals/benchmark_answers.py.
+unless `--layout` names one; NAME then ends in it, as it does in `float16` with
+`--float16`, in `int8` with `--int8`, in `m4` with `--num_voco_tokens=4`, in
+`adaptive` with `--adaptive` and in `adaptive_0.05` with `--adaptive
+--adaptive_threshold=0.05`. Read next: evals/answers.py,
+evals/benchmark_answers.py.
 """
 
 import dataclasses
@@ -62,6 +63,12 @@ _INT8 = flags.DEFINE_bool(
   "int8",
   False,
   "Answers from 8-bit caches, as vocojax.compress --int8 stores them.",
+)
+_FLOAT16 = flags.DEFINE_bool(
+  "float16",
+  False,
+  "Computes in float16, as the original is evaluated; by default in the dtype "
+  "that the checkpoint was trained in.",
 )
 _NUM_VOCO_TOKENS = flags.DEFINE_integer(
   "num_voco_tokens",
@@ -142,6 +149,10 @@ def _run() -> None:
       loaded.config.evaluation, batch_size=_BATCH_SIZE.value
     )
     config = dataclasses.replace(loaded.config, evaluation=evaluation)
+    loaded = dataclasses.replace(loaded, config=config)
+  if _FLOAT16.value:
+    half = dataclasses.replace(loaded.config.model, dtype="float16")
+    config = dataclasses.replace(loaded.config, model=half)
     loaded = dataclasses.replace(loaded, config=config)
   workdir = loaded.path.parents[2]
   compressor = _COMPRESSOR.value or loaded.config.model.compressor.name

@@ -96,6 +96,8 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, Any]:
     shapes["image_segment_ids"] = (shared, np.int32)
   if config.model.compressor.budgets:
     shapes["num_voco_tokens"] = ((data.max_images,), np.int32)
+  if config.training.loss_mean == "micro_batches":
+    shapes["micro_batch_ids"] = ((), np.int32)
   for key in ("input_ids", "labels", "segment_ids", "text_group_ids"):
     shapes[key] = ((data.max_text_length,), np.int32)
   return {

@@ -3,20 +3,32 @@
 What LLaVA and VoCo-LLaMA train with as `group_by_modality_length`
 (llava_trainer.py, commit c121f04), for runs that are compared with theirs:
 records with and without images in batches of their own, and the text of a batch
-in equal shares on all devices of one host. Rows keep their fixed length here,
-so nothing is saved: `packing.py` does that.
+in equal shares on all devices of one host: each gets a micro-batch, a run of
+`config.data.micro_batch_size` rows. Rows keep their fixed length here, so
+nothing is saved: `packing.py` does that.
 """
 
 import sys
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 
+from vocojax.config import DataConfig
 from vocojax.data.sources import Source
 from vocojax.errors import DataError
 
-# A batch of the original is 8 rows on each of 8 devices, twice.
-_NUM_CHUNKS = 16
+
+def micro_batch_ids(
+  data: DataConfig, shard_index: int, shard_count: int
+) -> Int32[np.ndarray, " B"]:
+  """The micro-batch of each of a share's rows of a batch.
+
+  Micro-batches are runs of rows in the order of `pipeline.train_dataset`, of
+  which a share has every `shard_count`-th. They keep their size where bad
+  records are skipped: the next ones move up.
+  """
+  places = np.arange(shard_index, data.batch_size, shard_count)
+  return (places // data.micro_batch_size).astype(np.int32)
 
 
 def signed_lengths(source: Source) -> Int64[np.ndarray, " R"]:
@@ -94,9 +106,12 @@ class GroupedOrder:
   records of the epoch, so that the batches of the next are whole again.
   """
 
-  def __init__(self, source: Source, batch_size: int, seed: int):
+  def __init__(
+    self, source: Source, batch_size: int, micro_batch_size: int, seed: int
+  ):
     self._signed_lengths = signed_lengths(source)
     self._batch_size = batch_size
+    self._num_chunks = batch_size // micro_batch_size
     self._seed = seed
     self._epoch: tuple[int, np.ndarray] | None = None
 
@@ -109,6 +124,8 @@ class GroupedOrder:
     epoch, at = divmod(index, num_batches * self._batch_size)
     if self._epoch is None or self._epoch[0] != epoch:
       rng = np.random.default_rng([self._seed, epoch])
-      found = order(self._signed_lengths, self._batch_size, _NUM_CHUNKS, rng)
+      found = order(
+        self._signed_lengths, self._batch_size, self._num_chunks, rng
+      )
       self._epoch = (epoch, found)
     return int(self._epoch[1][at % num_records])

@@ -111,7 +111,9 @@ def train_dataset(
   """
   batch_size = local_batch_size * shard_count
   if data.batching == "group_by_length":
-    order = grouping.GroupedOrder(source, batch_size, _seed32(seed))
+    order = grouping.GroupedOrder(
+      source, batch_size, data.micro_batch_size, _seed32(seed)
+    )
     indices = grain.MapDataset.source(order).seed(_seed32(seed))
   else:
     indices = _shuffled(source, seed)

@@ -25,6 +25,7 @@ _INT8_MAX = 127
 _DTYPES = {
   "float32": np.dtype(np.float32),
   "bfloat16": np.dtype(ml_dtypes.bfloat16),
+  "float16": np.dtype(np.float16),
   "int8": np.dtype(np.int8),
 }
 _REMEDY = "compress the images again"
@@ -50,7 +51,7 @@ class VocoCache:
   Immutable: an array that could be written to is copied.
 
   Attributes:
-    keys: float32, bfloat16 or int8.
+    keys: float32, bfloat16, float16 or int8.
     values: the same.
     key_scales: where `keys` are int8, what one step of them is worth.
     value_scales: the same for `values`.
@@ -119,7 +120,7 @@ class VocoCache:
 
   @property
   def dtype(self) -> str:
-    """float32, bfloat16 or int8."""
+    """float32, bfloat16, float16 or int8."""
     return self.keys.dtype.name
 
   @property

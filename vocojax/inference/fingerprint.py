@@ -61,6 +61,7 @@ def _relevant(config: ModelConfig) -> dict:
   for key in HOW_COMPUTED:
     del fields[key]
   del fields["compressor"]["train_num_voco_tokens"]
+  del fields["llm"]["rope"]["round_positions"]  # of training
   if config.compressor.name == "qformer":
     return fields
   del fields["compressor"]["qformer_layers"]

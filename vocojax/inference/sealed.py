@@ -18,6 +18,7 @@ _HEADER = "vocojax"
 _DTYPES = {
   "F32": np.dtype(np.float32),
   "BF16": np.dtype(ml_dtypes.bfloat16),
+  "F16": np.dtype(np.float16),
   "I8": np.dtype(np.int8),
 }
 
@@ -27,7 +28,7 @@ def dumps(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
 
   Args:
     header: what JSON can hold.
-    arrays: float32, bfloat16 or int8, in C order.
+    arrays: float32, bfloat16, float16 or int8, in C order.
   """
   sealed = header | {"sha256": _digest(header, arrays)}
   return safetensors.numpy.save(arrays, {_HEADER: json.dumps(sealed)})

@@ -38,6 +38,8 @@ def rotate(
 ) -> Float[Array, "*batch H P"]:
   """Rotates queries or keys to their positions; angles in float32."""
   frequencies = inverse_frequencies(config, x.shape[-1])
+  if config.round_positions == "bfloat16":
+    position_ids = position_ids.astype(jnp.bfloat16)
   angles = position_ids[..., None].astype(jnp.float32) * frequencies
   cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

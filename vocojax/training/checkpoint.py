@@ -187,9 +187,13 @@ _WHAT = ("model", "prompt", "optimizer")
 def _check_same(path: pathlib.Path, before: Config, config: Config) -> None:
   """What must not change between stopping and resuming."""
   saved, now = (json.loads(c.to_json()) for c in (before, config))
-  keys = {"data": ["batching"], "training": ["distill_weight", "teacher"]}
+  keys = {
+    "data": ["batching"],
+    "training": ["distill_weight", "teacher", "loss_mean"],
+  }
   if now["data"]["batching"] == "group_by_length":
-    keys["data"].append("batch_size")  # the order depends on it
+    # The order depends on them.
+    keys["data"] += ["batch_size", "micro_batch_size"]
   groups = {group: (saved[group], now[group]) for group in _WHAT}
   for group, own in keys.items():
     old, new = ({key: c[group][key] for key in own} for c in (saved, now))

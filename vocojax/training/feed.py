@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from vocojax.config import DataConfig
 from vocojax.core import workers
-from vocojax.data import pipeline
+from vocojax.data import grouping, pipeline
 from vocojax.data.sources import Source
 from vocojax.errors import DataError
 from vocojax.training import distributed, sharding
@@ -23,6 +23,9 @@ SLOW_SECONDS = 30  # a batch that takes longer is reported
 
 class Feed:
   """Batches as global arrays, and how far they were read.
+
+  With `micro_batches`, a batch also says which each of its rows belongs to, as
+  `micro_batch_ids` [B]; see data/grouping.py.
 
   Attributes:
     shard_count: shares that every batch consists of.
@@ -37,10 +40,16 @@ class Feed:
     data: DataConfig,
     seed: int,
     mesh: Mesh,
+    micro_batches: bool = False,
   ):
     self._rows = sharding.rows(mesh)
     self._index, self.shard_count = sharding.data_share(mesh, data.batch_size)
     self._has_workers = data.num_workers > 0
+    self._extra = {}
+    if micro_batches:
+      self._extra["micro_batch_ids"] = grouping.micro_batch_ids(
+        data, self._index, self.shard_count
+      )
     self._may_skip = data.on_bad_record == "skip"
     self.bad_records = 0
     self.fill: dict[str, int] = {}
@@ -74,7 +83,7 @@ class Feed:
     self.fill = batch.fill
     return {
       key: jax.make_array_from_process_local_data(self._rows, x)
-      for key, x in batch.arrays.items()
+      for key, x in (batch.arrays | self._extra).items()
     }
 
   @contextlib.contextmanager

@@ -62,7 +62,10 @@ class Phase:
     rows = pipeline.rows_per_epoch(
       self.source, self.encoder, config.data, config.seed
     )
-    return max(1, round(training.epochs * rows / config.data.batch_size))
+    batches = rows / config.data.batch_size
+    if config.data.batching == "group_by_length":
+      batches = math.ceil(batches)  # the last one of an epoch is filled up
+    return max(1, round(training.epochs * batches))
 
   @property
   def encoder(self) -> pipeline.Encoder:
@@ -292,7 +295,14 @@ def _run(phase: Phase) -> state.Params:
 
 def _feed(phase: Phase) -> Feed:
   config = phase.config
-  return Feed(phase.source, phase.encoder, config.data, config.seed, phase.mesh)
+  return Feed(
+    phase.source,
+    phase.encoder,
+    config.data,
+    config.seed,
+    phase.mesh,
+    config.training.loss_mean == "micro_batches",
+  )
 
 
 def _loop(phase, train_step, train_state, feed, checkpoints, sums):

@@ -1,4 +1,4 @@
-"""Token-weighted cross-entropy on answers. Read next: `step.py`.
+"""Cross-entropy on answers: what is counted, and how much. Next: `step.py`.
 
 B text rows, T text length.
 """
@@ -28,6 +28,25 @@ def trained_sum(
 ) -> Float32[Array, ""]:
   """Sum over the tokens that are trained; `targets` from `next_tokens`."""
   return jnp.sum(jnp.where(targets != IGNORE, values, 0.0))
+
+
+def row_weights(
+  targets: Int[Array, "B T"], micro_batch_ids: Int[Array, " B"]
+) -> Float32[Array, " B"]:
+  """Weights of rows with which the mean over tokens is that over micro-batches.
+
+  The weighted sum over trained tokens, divided by their number, is the mean
+  over micro-batches of the mean over each one's trained tokens. A micro-batch
+  without any counts for nothing.
+
+  Args:
+    targets: from `next_tokens`, of the whole batch.
+    micro_batch_ids: of each row, from 0 and below B.
+  """
+  tokens = jnp.sum(targets != IGNORE, axis=1, dtype=jnp.float32)
+  of_each = jnp.zeros_like(tokens).at[micro_batch_ids].add(tokens)
+  share = jnp.sum(tokens) / jnp.maximum(jnp.sum(of_each > 0), 1)
+  return share / jnp.maximum(of_each[micro_batch_ids], 1)
 
 
 def sums(

@@ -5,6 +5,8 @@ Sources: AdamW (arXiv 1711.05101); Muon (Jordan et al. 2024) as in
 2302.06675); Adafactor (arXiv 1804.04235) without its first moment.
 """
 
+import math
+
 import optax
 from optax import contrib
 
@@ -13,18 +15,26 @@ from vocojax.training import state
 
 
 def schedule(config: OptimizerConfig, peak: float, steps: int):
-  """Linear warm-up from 0, then decay to `end_learning_rate * peak`."""
-  warmup = round(config.warmup_ratio * steps)
+  """Linear warm-up from 0, then decay to `end_learning_rate * peak`.
+
+  'hf_cosine' is `get_cosine_schedule_with_warmup` of transformers.
+  """
+  as_hf = config.schedule == "hf_cosine"
+  warmup = (math.ceil if as_hf else round)(config.warmup_ratio * steps)
   rest, end = max(steps - warmup, 1), config.end_learning_rate
   decay = {
     "cosine": lambda: optax.cosine_decay_schedule(peak, rest, end),
+    "hf_cosine": lambda: optax.cosine_decay_schedule(peak, rest, end),
     "linear": lambda: optax.linear_schedule(peak, peak * end, rest),
     "constant": lambda: optax.constant_schedule(peak),
   }[config.schedule]()
   if not warmup:
     return decay
-  # Step 0 already learns: the ramp starts one step in.
-  ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+  if as_hf:
+    ramp = optax.linear_schedule(0.0, peak, warmup)
+  else:
+    # Step 0 already learns: the ramp starts one step in.
+    ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
   return optax.join_schedules([ramp, decay], [warmup])
 
 

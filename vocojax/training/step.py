@@ -41,11 +41,12 @@ def make_train_step(
 ) -> Callable:
   """`(state, batch, teacher=None) -> (state, metrics)`.
 
-  The batch is cut into `accumulate` micro-batches, one after the other. The
-  loss is the mean over all trained tokens of the whole batch, whatever the
-  micro-batches hold. Metrics are float32 scalars: `loss`, `grad_norm`,
-  `param_norm` (of what is trained, after the step), and the counts of
-  `losses.sums`.
+  The batch is cut into `accumulate` parts, one after the other. What is trained
+  on is the mean over all trained tokens of the whole batch, whatever the parts
+  hold. Where the batch has `micro_batch_ids` [B], it is the mean over the
+  trained tokens of each micro-batch, and then over these. Metrics are float32
+  scalars: `loss` (always the mean over tokens), `grad_norm`, `param_norm` (of
+  what is trained, after the step), and the counts of `losses.sums`.
 
   With a `distill_weight`, so many times the divergence from a teacher (see
   `VisionLanguageModel.distilled_losses`) is trained on beside the cross-entropy
@@ -70,7 +71,11 @@ def make_train_step(
     sums |= {"loss": loss} | {
       k: losses.trained_sum(x, targets) for k, x in of_teacher.items()
     }
-    return loss + distill_weight * sums.get("distill_loss", 0.0), sums
+    if "row_weights" not in batch:
+      return loss + distill_weight * sums.get("distill_loss", 0.0), sums
+    each = each + distill_weight * of_teacher.get("distill_loss", 0.0)
+    weighted = each * batch["row_weights"][:, None]
+    return losses.trained_sum(weighted, targets), sums
 
   def train_step(train_state: TrainState, batch, teacher=None):
     grad = jax.value_and_grad(
@@ -78,11 +83,16 @@ def make_train_step(
     )
     trained, frozen = state.split(train_state.params, freeze)
     slots = precision.slots(trained, model.config.dtype)
+    if "micro_batch_ids" in batch:
+      targets = losses.next_tokens(batch["labels"], batch["segment_ids"])
+      batch = batch | {
+        "row_weights": losses.row_weights(targets, batch["micro_batch_ids"])
+      }
     if accumulate == 1:
       (_, sums), grads = grad(slots, trained, frozen, batch)
     else:
-      # Row i goes to micro-batch i % accumulate: each keeps the sharding.
-      micro = jax.tree.map(
+      # Row i goes to part i % accumulate: each keeps the sharding.
+      parts = jax.tree.map(
         lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
       )
 
@@ -94,10 +104,10 @@ def make_train_step(
       zeros = jax.tree.map(
         lambda s: jnp.zeros(s.shape, jnp.float32),
         jax.eval_shape(
-          grad, slots, trained, frozen, jax.tree.map(lambda x: x[0], micro)
+          grad, slots, trained, frozen, jax.tree.map(lambda x: x[0], parts)
         ),
       )
-      ((_, sums), grads), _ = jax.lax.scan(add, zeros, micro)
+      ((_, sums), grads), _ = jax.lax.scan(add, zeros, parts)
     count = jnp.maximum(sums["tokens"], 1.0)
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads)
     updates, opt_state = optimizer.update(grads, train_state.opt_state, trained)
