@@ -68,7 +68,11 @@ def test_order(share, count, size, chunks):
 
 NUM_RECORDS = 37
 GROUP = dataclasses.replace(
-  DATA, source="llava_json", batching="group_by_length", max_text_length=48
+  DATA,
+  source="llava_json",
+  batching="group_by_length",
+  max_text_length=48,
+  micro_batch_size=2,
 )
 
 

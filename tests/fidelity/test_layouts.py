@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import common
-from tests.data import llava_reference
+from tests.fidelity import llava_reference
 from vocojax.config import ModelConfig, from_mapping
 from vocojax.data import prompt, tokenizer
 from vocojax.errors import DataError
