@@ -23,6 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
@@ -59,31 +60,38 @@ _SOUND = ("read", "refused")
 def plan(count: int, seed: int) -> list[tuple[str, str, int]]:
   """(kind, mutation, seed) of `count` inputs, all kinds alike often."""
   rng = random.Random(seed)
-  queues = []
-  for name, kind in KINDS.items():
-    queue: list[tuple[str, str]] = []
-    while len(queue) * len(KINDS) < count + len(KINDS):
-      cases = list(kind.cases) + [*kind.drawn] * (_DRAWS - 1)
-      rng.shuffle(cases)
-      queue += [(name, case) for case in cases]
-    queues.append(queue)
-  pairs = [pair for group in zip(*queues, strict=False) for pair in group]
-  return [(*pair, seed * 10**6 + i) for i, pair in enumerate(pairs[:count])]
+  queues = {name: [] for name in KINDS}
+  result = []
+  for i in range(count):
+    name = list(KINDS)[i % len(KINDS)]
+    if not queues[name]:
+      kind = KINDS[name]
+      queues[name] = [*kind.cases, *kind.drawn * (_DRAWS - 1)]
+      rng.shuffle(queues[name])
+    result.append((name, queues[name].pop(), seed * 10**6 + i))
+  return result
 
 
-def _in_child(function) -> None:
-  """Runs what may start JAX, after which this process could not fork."""
-  process = os.fork()
-  if not process:
-    status = 1
-    try:
-      function()
-      status = 0
-    finally:
-      sys.stderr.flush()
-      os._exit(status)
-  if os.waitpid(process, 0)[1]:
-    raise SystemExit("cannot make the sound inputs")
+def _make(folder: pathlib.Path, names: set[str]) -> None:
+  """Writes the sound inputs, in a child.
+
+  Making some of them starts JAX, after which a process cannot be forked.
+  """
+  if process := os.fork():
+    if os.waitpid(process, 0)[1]:
+      raise SystemExit("the sound inputs cannot be made")
+    return
+  try:
+    for name in names:
+      (folder / name).mkdir()
+      right = KINDS[name].make(folder / name)
+      found = KINDS[name].read(folder / name)
+      assert found == right, f"{name}: read {found}, expected {right}"
+      (folder / f"{name}.pickle").write_bytes(pickle.dumps(right))
+    os._exit(0)
+  except BaseException:
+    traceback.print_exc()
+    os._exit(1)
 
 
 def _import_all(folder: pathlib.Path) -> None:
@@ -92,15 +100,6 @@ def _import_all(folder: pathlib.Path) -> None:
   tokenizer.load_tokenizer(folder)
   transformers.LlamaConfig()
   transformers.CLIPVisionConfig()
-
-
-def _make(folder: pathlib.Path, names) -> None:
-  for name in names:
-    (folder / name).mkdir()
-    right = KINDS[name].make(folder / name)
-    found = KINDS[name].read(folder / name)
-    assert found == right, f"{name}: read {found}, expected {right}"
-    (folder / f"{name}.pickle").write_bytes(pickle.dumps(right))
 
 
 def main() -> int:
@@ -124,13 +123,11 @@ def main() -> int:
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(temporary)
     _import_all(folder / "imports")
-    kinds = {kind for kind, *_ in inputs}
-    _in_child(lambda: _make(folder, [x for x in KINDS if x in kinds]))
+    _make(folder, {kind for kind, *_ in inputs})
     for kind, case, seed in inputs:
       room = folder / "room"
       room.mkdir()
-      right = pickle.loads((folder / f"{kind}.pickle").read_bytes())
-      outcome = child.run(KINDS[kind], case, seed, folder / kind, right, room)
+      outcome = child.run(KINDS[kind], case, seed, folder / kind, room)
       counts[kind, outcome.name] += 1
       if outcome.name not in _SOUND or options.only:
         print(

@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 import tempfile
-from typing import Any
 
 from tests.evals.benchmarks import (
   test_multiple_choice,
@@ -31,38 +31,30 @@ def _vqav2(folder: Folder) -> None:
 def _scienceqa(folder: Folder) -> None:
   value = "<image>\nContext: N/A\nQuestion: Q?\nOptions: (A) x (B) y\n"
   turns = [{"from": "human", "value": value}, {"from": "gpt", "value": "z"}]
-  asked = [{"id": str(i), "conversations": turns} for i in range(3)]
-  for entry in asked[:2]:
-    entry["image"] = "image.png"
-  folder.json("llava_test_CQM-A.json", asked)
+  entry = {"conversations": turns, "image": "image.png"}
+  folder.json("llava_test_CQM-A.json", [entry | {"id": x} for x in "012"])
   problem = {"choices": ["x", "y"], "answer": 1, "subject": "natural science"}
-  folder.json("problems.json", {str(i): problem for i in range(3)})
+  folder.json("problems.json", {x: problem for x in "012"})
   folder.images("images/test/image.png")
 
 
 def _activitynet(folder: Folder) -> None:
-  entries = [
-    {"question_id": f"x_{i}", "video_name": "n", "question": f"q{i}"}
-    for i in range(2)
-  ]
-  folder.json("test_q.json", entries)
-  folder.json(
-    "test_a.json",
-    [{"question_id": x["question_id"], "answer": "yes"} for x in entries],
-  )
+  asked = [{"question_id": x, "video_name": "n", "question": x} for x in "ab"]
+  known = [{"question_id": x, "answer": "yes"} for x in "ab"]
+  folder.json("test_q.json", asked)
+  folder.json("test_a.json", known)
   folder.images("all_test/v_n.mp4")
 
 
+_MMBENCH = test_multiple_choice.mmbench_folder
 _FOLDERS = {
   "gqa": test_short_answers.gqa_folder,
   "vqav2": _vqav2,
   "vqav2_val": test_short_answers.vqa_val_folder,
   "pope": test_yes_no.pope_folder,
   "mme": functools.partial(test_yes_no.mme_folder, images=1),
-  "mmbench": test_multiple_choice.mmbench_folder,
-  "mmbench_cn": functools.partial(
-    test_multiple_choice.mmbench_folder, name="dev_cn_20231003"
-  ),
+  "mmbench": _MMBENCH,
+  "mmbench_cn": functools.partial(_MMBENCH, name="dev_cn_20231003"),
   "seed": test_multiple_choice.seed_folder,
   "scienceqa": _scienceqa,
   "msvd_qa": test_video_qa.video_folder,
@@ -79,27 +71,23 @@ def _make(folder: pathlib.Path) -> Parts:
 
 
 def _read(folder: pathlib.Path) -> Parts:
-  """All that is asked and scored of each benchmark."""
-  return {
-    name: attempt(functools.partial(_read_one, name, folder / name))
-    for name in _FOLDERS
-  }
+  return {x: attempt(_read_one, x, folder / x) for x in _FOLDERS}
 
 
 def _read_one(name: str, folder: pathlib.Path) -> tuple:
+  """All that a benchmark asks, shows, scores and hands in."""
   bench = registry.open_benchmark(name, folder)
   questions = list(bench.questions())
+  media = [
+    x if isinstance(x, bytes) else os.path.relpath(x, folder)
+    for q in questions
+    for x in (*q.images, *filter(None, [q.video]))
+  ]
   answers = {q.id: "Yes. A" for q in questions}
   with tempfile.TemporaryDirectory() as temporary:
     bench.write_submission(answers, pathlib.Path(temporary))
-  scores = list(bench.score(answers))
-  media = [
-    [x if isinstance(x, bytes) else os.path.relpath(x, folder) for x in found]
-    for q in questions
-    for found in ([*q.images, *filter(None, [q.video])],)
-  ]
   texts = [(q.id, q.prompt, dict(q.reference)) for q in questions]
-  return texts, media, scores
+  return texts, media, list(bench.score(answers))
 
 
 _SERVER = judge.Server("http://127.0.0.1:9/v1", "none", attempts=1)
@@ -119,54 +107,40 @@ def _make_verdicts(folder: pathlib.Path) -> Parts:
 def _read_verdicts(folder: pathlib.Path) -> Parts:
   """The server is not there, so what is forgotten is an error."""
   known = judge.Judge(_SERVER, folder / "verdicts.jsonl")
-  return {
-    case[2]: attempt(lambda case=case: _verdict(known, case))
-    for case in _JUDGED
+
+  def verdict(case: tuple[str, str, str]) -> tuple:
+    (found,) = known.verdicts([case])
+    assert found
+    return dataclasses.astuple(found)
+
+  return {case[2]: attempt(verdict, case) for case in _JUDGED}
+
+
+def _tables(prefix: str, *patterns: str) -> dict[str, Case]:
+  """Mutations of tables, which have no checksum: no value is known."""
+  pick = files.one_of(*patterns)
+  other = {
+    "latin1": ("refuse", lambda x, rng: x.replace(b"?", b"\xe9", 1)),
+    "utf16": ("refuse", lambda x, rng: x.decode().encode("utf-16")),
+    "nul": ("either", lambda x, rng: x.replace(b"\n", b"\0\n", 2)),
+    "long_line": ("either", lambda x, rng: x[:-1] + b"x" * 2**20),
+    "quote": ("either", lambda x, rng: x + b'9\t"'),
   }
+  bom = files.changes(pick, lambda x, rng: b"\xef\xbb\xbf" + x)
+  result: dict[str, Case] = files.cases(pick, known=False)
+  for name, (declared, change) in other.items():
+    result[name] = declared, files.changes(pick, change, known=False)
+  result["byte_order_mark"] = "read", bom
+  return {f"{prefix}_{name}": case for name, case in result.items()}
 
 
-def _verdict(known: judge.Judge, case: tuple[str, str, str]) -> Any:
-  (found,) = known.verdicts([case])
-  return found and dataclasses.astuple(found)
-
-
-_TABLE = files.one_of("mmbench*/*.tsv")
-_LINES = files.one_of("mme/**/*.txt")
-
-
-def _tables(pick: files.Pick) -> dict[str, Case]:
-  def change(name, function, declared="refuse"):
-    return name, (declared, files.changes(pick, function, known=False))
-
-  return dict(
-    (
-      change("latin1", lambda x, rng: x.replace(b"?", b"\xe9", 1)),
-      change("utf16", lambda x, rng: x.decode().encode("utf-16")),
-      change("nul", lambda x, rng: x.replace(b"\n", b"\0\n", 2), "either"),
-      change("bits", files.flip_bits, "either"),
-      change("bytes", files.set_bytes, "either"),
-      change("cut", files.cut, "either"),
-      change("long_line", lambda x, rng: x[:-1] + b"x" * 2**20, "either"),
-      change("quote", lambda x, rng: x + b'9\t"', "either"),
-    )
-  ) | {
-    "byte_order_mark": (
-      "read",
-      files.changes(pick, lambda x, rng: b"\xef\xbb\xbf" + x),
-    ),
-  }
-
-
-_JSON = files.one_of("**/*.json", "**/*.jsonl")
-_CASES: dict[str, Case] = {
-  **documents.cases(_JSON),
-  **{f"tsv_{k}": v for k, v in (files.cases(_TABLE) | _tables(_TABLE)).items()},
-  **{f"txt_{k}": v for k, v in (files.cases(_LINES) | _tables(_LINES)).items()},
-}
-del _CASES["txt_zeros"], _CASES["txt_noise"]
 KINDS = {
   "benchmark": Kind(
-    _make, _read, _CASES, (*documents.DRAWN, "tsv_bits", "txt_bits")
+    _make,
+    _read,
+    documents.cases(files.one_of("**/*.json", "**/*.jsonl"))
+    | _tables("table", "mmbench*/*.tsv", "mme/**/*.txt"),
+    (*documents.DRAWN, "table_bits"),
   ),
   "verdicts": Kind(
     _make_verdicts,

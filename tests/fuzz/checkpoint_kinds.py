@@ -10,15 +10,13 @@ import numpy as np
 
 from tests import runs
 from tests.fuzz import documents, files
-from tests.fuzz.documents import Document
-from tests.fuzz.kinds import Case, Input, Kind, Parts, array
+from tests.fuzz.kinds import Case, Input, Kind, Mutation, Parts, array
 from tests.models import builders
 from vocojax import assemble, config
 from vocojax.data import tokenizer
 from vocojax.training import checkpoint, loop, state
 
 _STEP = "checkpoints/4"
-_READ = ("params", "config", "tokenizer", "layout")  # items that are read
 
 
 def _make(folder: pathlib.Path) -> Parts:
@@ -26,49 +24,39 @@ def _make(folder: pathlib.Path) -> Parts:
   with tempfile.TemporaryDirectory() as temporary:
     data = pathlib.Path(temporary)
     runs.write_data(data)
-    runs.write_config(data, "one.py", runs.ONE_PHASE)
-    (settings,) = config.phases(config.load_module(str(data / "one.py")))
+    path = runs.write_config(data, "one.py", runs.ONE_PHASE)
+    (settings,) = config.phases(config.load_module(str(path)))
     words = tokenizer.load_tokenizer(data / "tokenizer")
   model = assemble.make_model(settings, words)
   checkpoints = checkpoint.Checkpointer(folder, settings, words)
   for step in (3, 4):
-    params = builders.init(model, step)
-    train_state = state.TrainState(
-      jnp.int32(step),
-      jax.tree.map(jnp.asarray, params),
-      {"moment": jnp.ones(2)},
-    )
+    params = jax.tree.map(jnp.asarray, builders.init(model, step))
+    moments = {"moment": jnp.ones(2)}
+    train_state = state.TrainState(jnp.int32(step), params, moments)
     checkpoints.save(train_state, [{"next_record": step}], {"loss": 0.5})
   checkpoints.close()
-  return {
-    "step": 4,
-    "config": settings.to_json(),
-    "words": words.get_vocab(),
-    **{path: array(x) for path, x in state.flatten(params).items()},
-  }
+  return _parts(4, settings, words, params)
 
 
 def _read(folder: pathlib.Path) -> Parts:
   loaded = checkpoint.load(str(folder / _STEP))
   model = assemble.make_model(loaded.config, loaded.tokenizer)
-  abstract = loop.abstract_params(model, runs.mesh())
   params, missing = checkpoint.load_params(
-    str(folder / _STEP), abstract, loaded.config.model
+    str(folder / _STEP),
+    loop.abstract_params(model, runs.mesh()),
+    loaded.config.model,
   )
   assert not missing, missing
-  return {
-    "step": loaded.step,
-    "config": loaded.config.to_json(),
-    "words": loaded.tokenizer.get_vocab(),
-    **{path: array(np.asarray(x)) for path, x in state.flatten(params).items()},
-  }
+  return _parts(loaded.step, loaded.config, loaded.tokenizer, params)
 
 
-def _item(name: str) -> files.Pick:
-  return files.one_of(f"{_STEP}/{name}/metadata")
+def _parts(step: int, settings: config.Config, words, params) -> Parts:
+  arrays = {k: array(np.asarray(x)) for k, x in state.flatten(params).items()}
+  settings = settings.to_json()
+  return {"step": step, "config": settings, "words": words.get_vocab()} | arrays
 
 
-def _forged(mutate: files.Change) -> files.Change:
+def _forged(mutate: Mutation) -> Mutation:
   """By someone who leaves out what would tell: checksums are optional."""
 
   def mutate_and_forge(given: Input) -> None:
@@ -79,81 +67,62 @@ def _forged(mutate: files.Change) -> files.Change:
   return mutate_and_forge
 
 
-def _tokenizer_file(name: str) -> files.Change:
+def _item(name: str) -> files.Pick:
+  return files.one_of(f"{_STEP}/{name}/metadata")
+
+
+def _tokenizer_file(name: str) -> Case:
   """A file of the tokenizer under a name that leads elsewhere."""
 
   def mutate(given: Input) -> None:
-    document = Document(_item("tokenizer")(given))
     where = name.replace("ROOM", str(given.folder.parent))
-    document.tree[where] = {"echo": "I was here"}
-    document.write()
+    documents.edits(
+      _item("tokenizer"), lambda x, rng: x.tree.update({where: {"a": "evil"}})
+    )(given)
 
-  return mutate
-
-
-def _of_other_step(item: str) -> files.Change:
-  def mutate(given: Input) -> None:
-    shutil.rmtree(given.folder / _STEP / item)
-    shutil.copytree(
-      given.folder / "checkpoints/3" / item, given.folder / _STEP / item
-    )
-
-  return mutate
+  return "refuse", _forged(mutate)
 
 
-def _without(item: str) -> files.Change:
-  return lambda given: shutil.rmtree(given.folder / _STEP / item)
+def _of_other_step(given: Input) -> None:
+  shutil.rmtree(given.folder / _STEP / "params")
+  other = given.folder / "checkpoints/3/params"
+  shutil.copytree(other, given.folder / _STEP / "params")
 
 
-_ANY = files.one_of(*(f"{_STEP}/{item}/**/*" for item in _READ))
+def _without(item: str) -> Case:
+  remove = lambda given: shutil.rmtree(given.folder / _STEP / item)  # noqa: E731
+  return "refuse", _forged(remove)
+
+
+_ITEMS = ("config", "tokenizer", "layout")
+_ANY = files.one_of(*(f"{_STEP}/{x}/**/*" for x in ("params", *_ITEMS)))
 _LARGE = files.one_of(f"{_STEP}/params/**/d/*")
-_METADATA = files.one_of(f"{_STEP}/params/_METADATA")
+_ARRAYS = documents.cases(files.one_of(f"{_STEP}/params/_METADATA"))
 _CASES: dict[str, Case] = {
-  **{
-    name: ("either", mutate) for name, (_, mutate) in files.cases(_ANY).items()
-  },
-  "cut": ("either", files.changes(_ANY, files.cut)),
-  "extended": ("either", files.changes(_ANY, files.extend)),
-  "bits_of_arrays": ("refuse", files.changes(_LARGE, files.flip_bits)),
-  "no_checksums": ("read", _forged(lambda given: None)),
+  **{x: ("either", mutate) for x, (_, mutate) in files.cases(_ANY).items()},
   **{
     f"{item}_{name}": (declared, _forged(mutate))
-    for item in ("config", "tokenizer", "layout")
+    for item in _ITEMS
     for name, (declared, mutate) in documents.cases(_item(item)).items()
     if name not in files.TARGETS
   },
   **{
-    f"arrays_{name}": ("either", _forged(documents.cases(_METADATA)[name][1]))
-    for name in documents.DRAWN
+    f"arrays_{x}": ("either", _forged(_ARRAYS[x][1])) for x in documents.DRAWN
   },
+  **{f"no_{item}": _without(item) for item in ("params", *_ITEMS)},
   **{
-    f"no_{item}": ("refuse", _forged(_without(item)))
-    for item in ("params", "config", "tokenizer", "layout")
-  },
-  **{
-    f"{item}_of_other_step": ("refuse", _of_other_step(item))
-    for item in ("params",)
-  },
-  **{
-    f"writes_{name}": ("refuse", _forged(_tokenizer_file(path)))
-    for name, path in (
-      ("up", "../escaped.json"),
-      ("home", "../../home/.profile"),
-      ("absolute", "ROOM/escaped.json"),
-      ("deep", "a/../../escaped.json"),
-      ("nul", "a\0b.json"),
-      ("nothing", ""),
-      ("dot", ".."),
-      ("code", "tokenization_evil.py"),
-      ("long", "x" * 300),
+    f"writes_{i}": _tokenizer_file(name)
+    for i, name in enumerate(
+      (
+        *("../escaped.json", "../../home/.profile", "ROOM/escaped.json"),
+        *("a/../../escaped.json", "a\0b.json", "", "..", "x" * 300),
+        "tokenization_evil.py",
+      )
     )
   },
+  "bits_of_arrays": ("refuse", files.changes(_LARGE, files.flip_bits)),
+  "no_checksums": ("read", _forged(lambda given: None)),
+  "other_step": ("refuse", _of_other_step),
 }
-KINDS = {
-  "checkpoint": Kind(
-    _make,
-    _read,
-    _CASES,
-    ("bits", "bits_of_arrays", "config_wrong_type", "tokenizer_wrong_type"),
-  )
-}
+_DRAWN = ("bits", "bits_of_arrays", "config_wrong_type", "tokenizer_wrong_type")
+KINDS = {"checkpoint": Kind(_make, _read, _CASES, _DRAWN)}

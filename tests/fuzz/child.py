@@ -1,6 +1,5 @@
 """One input in a forked child, watched. Read next: __main__.py."""
 
-import dataclasses
 import os
 import pathlib
 import pickle
@@ -8,22 +7,21 @@ import random
 import select
 import shutil
 import signal
-import sys
 import time
 import traceback
+from typing import NamedTuple
 
 from tests.fuzz.kinds import Input, Kind, Parts, judge
 
 MAX_BYTES = 4 * 2**30
-MAX_SECONDS = 10.0
+MAX_SECONDS = 60.0
 FAULTS = (
   *("trace", "hang", "memory", "crash", "wrote"),
   *("wrong", "taken", "rejected", "message"),
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
   """What came of an input.
 
   Attributes:
@@ -41,12 +39,7 @@ class Outcome:
 
 
 def run(
-  kind: Kind,
-  case: str,
-  seed: int,
-  sound: pathlib.Path,
-  right: Parts,
-  room: pathlib.Path,
+  kind: Kind, case: str, seed: int, sound: pathlib.Path, room: pathlib.Path
 ) -> Outcome:
   """Mutates a copy of a sound input and reads it, in a child.
 
@@ -54,72 +47,56 @@ def run(
     kind: of the input.
     case: which mutation.
     seed: of what the mutation draws.
-    sound: folder of the sound input.
-    right: what must be read of it.
-    room: a folder that is there; on return `room/input` is the input.
+    sound: the sound input; what must be read of it is in a pickle beside it.
+    room: an empty folder; on return `room/input` is the input.
   """
   shutil.copytree(sound, room / "input", symlinks=True)
   (room / "tmp").mkdir()
-  began = time.monotonic()
-  child = os.fork()
-  if not child:
-    _begin(room)
-    given = Input(room / "input", random.Random(f"{case}:{seed}"), right)
-    _finish(room, kind, case, given)
-  name, nbytes = _watch(child, began)
-  seconds = time.monotonic() - began
-  log = pathlib.Path(f"{room}.log")
-  text = log.read_text(errors="replace")[-2000:]
+  right = pickle.loads(sound.with_suffix(".pickle").read_bytes())
   answer = pathlib.Path(f"{room}.answer")
-  if not name and answer.is_file():
-    name, text = pickle.loads(answer.read_bytes())
-  answer.unlink(missing_ok=True)
-  log.unlink()
+  answer.write_bytes(pickle.dumps(("crash", "")))
+  began = time.monotonic()
+  if not (child := os.fork()):
+    found = _read(kind, case, seed, right, room)
+    answer.write_bytes(pickle.dumps(found))
+    os._exit(0)
+  fault, nbytes = _watch(child, began)
+  name, text = pickle.loads(answer.read_bytes())
+  name = fault or name
+  # Whoever runs a program or writes outside leaves something.
   wrote = {p.name for p in room.iterdir()} - {"input", "tmp"}
-  if name not in ("hang", "memory", ""):  # else it could not clean up
+  if name not in ("hang", "memory", "crash"):  # else it could not clean up
     wrote |= {f"tmp/{p.name}" for p in (room / "tmp").iterdir()}
   if wrote:
     name, text = "wrote", f"{sorted(wrote)}; {text}"
-  return Outcome(name or "crash", text, seconds, nbytes)
+  return Outcome(name, text, time.monotonic() - began, nbytes)
 
 
-def _begin(room: pathlib.Path) -> None:
-  """Makes a child one whose traces can be seen and undone."""
+def _read(
+  kind: Kind, case: str, seed: int, right: Parts, room: pathlib.Path
+) -> tuple[str, str]:
+  """What the child does."""
   os.setsid()
-  log = os.open(f"{room}.log", os.O_WRONLY | os.O_CREAT)
+  log = os.open(f"{room}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
   for file in (1, 2):
     os.dup2(log, file)
-  # Whoever runs a program or writes outside leaves something in `room`.
-  (room / "tmp/bin").mkdir()
-  for program in ("gs", "gswin64c", "convert"):
-    path = room / f"tmp/bin/{program}"
-    path.write_text(f"#!/bin/sh\ntouch '{room}/ran-{program}'\n")
-    path.chmod(0o755)
-  os.environ |= {
-    "HOME": f"{room}/home",
-    "TMPDIR": f"{room}/tmp",
-    "PATH": f"{room}/tmp/bin:{os.environ['PATH']}",
-  }
+  gs = room / "tmp/bin/gs"
+  gs.parent.mkdir()
+  gs.write_text(f"#!/bin/sh\ntouch '{room}/ran-gs'\n")
+  gs.chmod(0o755)
+  path = f"{gs.parent}:{os.environ['PATH']}"
+  os.environ |= {"HOME": f"{room}/home", "TMPDIR": f"{room}/tmp", "PATH": path}
   os.chdir(room / "tmp")
-
-
-def _finish(room: pathlib.Path, kind: Kind, case: str, given: Input) -> None:
-  """Mutates, reads, leaves the answer behind; does not return."""
+  given = Input(room / "input", random.Random(f"{case}:{seed}"), right)
   try:
-    declared, mutate = kind.cases[case]
-    mutate(given)
-    answer = judge(kind, declared, given)
+    return judge(kind, case, given)
   except BaseException as e:
     where = traceback.extract_tb(e.__traceback__)
     ours = [x for x in where if "/vocojax/" in x.filename] or where
     at = f"{pathlib.Path(ours[-1].filename).name}:{ours[-1].lineno}"
-    answer = "trace", f"{type(e).__name__} at {at}: {e!s:.200}"
-  shutil.rmtree(room / "tmp/bin")
-  with open(f"{room}.answer", "wb") as file:
-    pickle.dump(answer, file)
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(0)
+    return "trace", f"{type(e).__name__} at {at}: {e!s:.200}"
+  finally:
+    shutil.rmtree(gs.parent)
 
 
 def _watch(child: int, began: float) -> tuple[str, int]:
@@ -127,29 +104,18 @@ def _watch(child: int, began: float) -> tuple[str, int]:
   fault, ended = "", select.poll()
   descriptor = os.pidfd_open(child)
   ended.register(descriptor, select.POLLIN)
-  while not ended.poll(20):
-    if _peak(child) > MAX_BYTES:
+  while not fault and not ended.poll(20):
+    status = pathlib.Path(f"/proc/{child}/status").read_text()
+    peak = status.partition("VmHWM:")[2].split()
+    if peak and int(peak[0]) * 1024 > MAX_BYTES:
       fault = "memory"
     elif time.monotonic() - began > MAX_SECONDS:
       fault = "hang"
-    if fault:
-      os.killpg(child, signal.SIGKILL)
-      break
+  if fault:
+    os.killpg(child, signal.SIGKILL)
   os.close(descriptor)
   _, status, usage = os.wait4(child, 0)
   nbytes = usage.ru_maxrss * 1024
-  if not fault and nbytes > MAX_BYTES:
-    fault = "memory"
-  if not fault and status:
-    fault = "crash"
+  if not fault and (status or nbytes > MAX_BYTES):
+    fault = "crash" if status else "memory"
   return fault, nbytes
-
-
-def _peak(process: int) -> int:
-  """Bytes that a process had at most; 0 when it is gone."""
-  try:
-    with open(f"/proc/{process}/status") as file:
-      lines = [x for x in file if x.startswith("VmHWM")]
-  except OSError:
-    return 0
-  return int(lines[0].split()[1]) * 1024 if lines else 0

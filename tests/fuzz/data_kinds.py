@@ -1,10 +1,11 @@
-"""LLaVA data files, ask jobs and files of answers. Read next: image_kinds.py."""
+"""LLaVA data, ask jobs, files of answers. Read next: image_kinds.py."""
 
 import functools
 import json
 import os
 import pathlib
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 from PIL import Image
@@ -18,53 +19,46 @@ from vocojax.data import pipeline, sources, tokenizer
 from vocojax.evals.benchmarks import predictions
 from vocojax.inference import jobs
 
-_TURNS = (
-  ("<image>\nWhat is it ?", "a cat"),
-  ("Where does the m\u00fcsli stand ?\t", "on the \u684c\u5b50"),
-  ('Say "\\u00e9" and 7 .', "7"),
-)
+_TURNS = [
+  *("What is it ?", "a cat", "Where does the m\u00fcsli stand ?\t"),
+  *("on the \u684c\u5b50", 'Say "\\u00e9" and 7 .', "7"),
+]
 
 
 def _entry(i: int) -> dict[str, Any]:
   """Records about one image, two, and none."""
-  entry: dict[str, Any] = {"id": f"r{i}", "conversations": []}
-  if i % 3 == 0:
-    entry["image"] = f"sub/{i % 2}.png"
-  elif i % 3 == 1:
-    entry |= {"image": ["sub/0.png", "sub/1.png"], "model": "harmless"}
-  marks = (1, 2, 0)[i % 3]
-  for n, (question, answer) in enumerate(_TURNS[: 1 + i % 3]):
-    question = question.removeprefix("<image>\n")
-    if n == 0:
-      question = "<image>\n" * marks + question
-    entry["conversations"] += [
-      {"from": "human", "value": question},
-      {"from": "gpt", "value": answer},
-    ]
+  images = (["sub/0.png"], ["sub/0.png", "sub/1.png"], [])[i % 3]
+  texts = ["<image>\n" * len(images) + _TURNS[0], *_TURNS[1 : 2 + 2 * (i % 3)]]
+  roles = ("human", "gpt") * 3
+  turns = zip(roles, texts, strict=False)
+  entry: dict[str, Any] = {"id": f"r{i}", "model": "harmless"}
+  if images:
+    entry["image"] = images if len(images) > 1 else images[0]
+  entry["conversations"] = [{"from": role, "value": x} for role, x in turns]
   return entry
+
+
+def _expected(entry: dict[str, Any]) -> tuple:
+  """Id, images and texts; where there is no id, any will do."""
+  images = entry.get("images", entry.get("image")) or []
+  return (
+    str(entry["id"]) if "id" in entry else ANY,
+    [images] if isinstance(images, str) else images,
+    [turn["value"] for turn in entry["conversations"]],
+  )
 
 
 def _make_data(folder: pathlib.Path, lines: bool) -> Parts:
   (folder / "images/sub").mkdir(parents=True)
-  for i in range(2):
+  for i, name in enumerate(("images/sub/0", "images/sub/1", "secret")):
     pixels = np.random.default_rng(i).integers(0, 256, (9, 12, 3), np.uint8)
-    Image.fromarray(pixels).save(folder / f"images/sub/{i}.png")
-    Image.fromarray(pixels).save(folder / "secret.png")
+    Image.fromarray(pixels).save(folder / f"{name}.png")
   entries = [_entry(i) for i in range(6)]
-  dumped = [
-    json.dumps(x, ensure_ascii=i % 2 > 0) for i, x in enumerate(entries)
-  ]
-  text = "\n".join(dumped) + "\n" if lines else f"[{', '.join(dumped)}]"
+  rows = [json.dumps(x, ensure_ascii=x["id"] < "r3") for x in entries]
+  text = "\n".join(rows) + "\n" if lines else f"[{', '.join(rows)}]"
   (folder / "data.json").write_text(text)
-  words = (text for turns in _TURNS for text in turns)
-  tokenizer.build_word_level(words).save_pretrained(folder / "tokenizer")
-  right: Parts = {}
-  for i, entry in enumerate(entries):
-    texts = [turn["value"] for turn in entry["conversations"]]
-    names = entry.get("image", [])
-    names = [names] if isinstance(names, str) else names
-    right[str(i)] = entry["id"], names, texts
-  return right
+  tokenizer.build_word_level(_TURNS).save_pretrained(folder / "tokenizer")
+  return {str(i): _expected(entry) for i, entry in enumerate(entries)}
 
 
 @functools.cache
@@ -78,141 +72,108 @@ def _settings() -> config_lib.Config:
 
 def _read_data(folder: pathlib.Path) -> Parts:
   """Records by number; each is made a row of a batch as well."""
-  images = folder / "images"
+  images, config = folder / "images", _settings()
   source = sources.llava_json(folder / "data.json", images)
   words = tokenizer.load_tokenizer(folder / "tokenizer")
-  config = _settings()
   encoder = pipeline.Encoder(words, config.prompt, config.data, 8)
 
-  def read(i: int):
+  def read(i: int) -> tuple:
     record = source[i]
     row = encoder(record, np.random.default_rng(0))
     assert row["images"].any() == bool(record.images)
     texts = [text for turn in record.conversations[0] for text in turn]
-    texts[0] = "<image>\n" * len(record.images) + texts[0].replace(
-      "<image>\n", ""
-    )
     names = [os.path.relpath(path, images) for path in record.images]
     return record.id, names, texts
 
-  return {
-    str(i): attempt(functools.partial(read, i)) for i in range(len(source))
-  }
+  return {str(i): attempt(read, i) for i in range(len(source))}
 
 
-def _edit(change) -> files.Change:
-  """A mutation of the first record, which is about one image."""
+def _case(declared, edit) -> Case:
+  """A change of the first record, which is about one image."""
 
   def mutate(given: Input) -> None:
-    document = Document(given.folder / "data.json")
-    change(document.tree[0], given)
-    document.write()
+    path = given.folder / "data.json"
+    document = Document(path.read_bytes())
+    record = document.tree[0]
+    edit(record, given)
+    if declared == "read":
+      given.right["0"] = _expected(record)
+    path.write_text(document.text())
 
-  return mutate
+  return declared, mutate
 
 
-def _puts(key: str, value: Any):
-  return _edit(lambda record, given: record.update({key: value}))
+def _puts(**fields: Any):
+  return lambda record, given: record.update(fields)
 
 
 def _says(i: int, **turn: str):
-  def change(record, given):
-    record["conversations"][i].update(turn)
-
-  return _edit(change)
+  return lambda record, given: record["conversations"][i].update(turn)
 
 
-def _renames_image(record, given) -> None:
-  record["images"] = [record.pop("image")]
-
-
-def _leaves_out(*keys: str):
-  def change(record, given):
-    for key in keys:
-      del record[key]
-    if "image" in keys:
-      record["conversations"][0]["value"] = "What is it ?"
-      given.right["0"] = "r0", [], ["What is it ?", "a cat"]
-
-  return _edit(change)
-
-
-def _null_image(record, given) -> None:
-  record["image"] = None
+def _blind(record, given: Input) -> None:
+  record.pop("image")
   record["conversations"][0]["value"] = "What is it ?"
-  given.right["0"] = "r0", [], ["What is it ?", "a cat"]
 
 
-def _other_id(record, given) -> None:
-  record["id"] = 0
-  given.right["0"] = "0", *given.right["0"][1:]
+def _no_image(record, given: Input) -> None:
+  _blind(record, given)
+  record["image"] = None
 
 
-def _without_id(record, given) -> None:
-  """LLaVA needs no id; what stands for it is our own affair."""
-  del record["id"]
-  given.right = None
-
-
-def _path(name: str):
-  def change(record, given):
-    record["image"] = name.replace("FOLDER", str(given.folder))
-
-  return _edit(change)
-
-
-def _inside(record, given) -> None:
+def _absolute(record, given: Input) -> None:
+  given.right["0"] = _expected(record)
   record["image"] = f"{given.folder}/images/sub/0.png"
 
 
-def _linked(record, given) -> None:
+def _outside(record, given: Input) -> None:
+  record["image"] = f"{given.folder}/secret.png"
+
+
+def _linked(record, given: Input) -> None:
   """A folder of images may be a link, as COCO's often is."""
   (given.folder / "images/sub").rename(given.folder / "elsewhere")
   (given.folder / "images/sub").symlink_to(given.folder / "elsewhere")
 
 
-def _pipe(record, given) -> None:
+def _pipe(record, given: Input) -> None:
   os.mkfifo(given.folder / "images/pipe.png")
   record["image"] = "pipe.png"
 
 
-def _role(record, given) -> None:
-  record["conversations"][0]["from"] = given.rng.choice(
-    ("user", "humn", "system", "USER", "function")
-  )
-
-
-_DATA_CASES: dict[str, Case] = {
-  "images_key": ("read", _edit(_renames_image)),
-  "image_null": ("read", _edit(_null_image)),
-  "no_image": ("read", _leaves_out("image")),
-  "no_id": ("read", _edit(_without_id)),
-  "id_0": ("read", _edit(_other_id)),
-  "path_in_folder": ("read", _edit(_inside)),
-  "folder_is_a_link": ("read", _edit(_linked)),
-  "video_key": ("refuse", _puts("video", "a.mp4")),
-  "audio_key": ("refuse", _puts("audio", "a.wav")),
-  "role": ("refuse", _edit(_role)),
+_RECORDS = {
+  "images_key": ("read", lambda x, _: x.update(images=[x.pop("image")])),
+  "image_null": ("read", _no_image),
+  "no_image": ("read", _blind),
+  "no_id": ("read", lambda record, given: record.pop("id")),
+  "id_0": ("read", _puts(id=0)),
+  "folder_is_a_link": ("read", _linked),
+  "path_in_folder": ("either", _absolute),
+  "video_key": ("refuse", _puts(video="a.mp4")),
+  "audio_key": ("refuse", _puts(audio="a.wav")),
   "marker_twice": ("refuse", _says(0, value="<image>\n<image>\nWhat ?")),
   "answer_first": ("refuse", _says(1, **{"from": "human"})),
-  "no_turns": ("refuse", _puts("conversations", [])),
-  "path_up": ("refuse", _path("../secret.png")),
-  "path_up_later": ("refuse", _path("sub/../../secret.png")),
-  "path_absolute": ("refuse", _path("FOLDER/secret.png")),
-  "path_of_system": ("refuse", _path("/etc/passwd")),
-  "path_of_device": ("refuse", _path("/dev/zero")),
-  "path_home": ("refuse", _path("~root/x.png")),
-  "path_nul": ("refuse", _path("sub/0.png\0")),
-  "path_empty": ("refuse", _path("")),
-  "path_of_folder": ("refuse", _path("sub")),
-  "path_long": ("refuse", _path("x" * 5000)),
-  "path_missing": ("refuse", _path("sub/9.png")),
-  "path_of_pipe": ("refuse", _edit(_pipe)),
+  "no_turns": ("refuse", _puts(conversations=[])),
+  "path_outside": ("refuse", _outside),
+  "path_of_pipe": ("refuse", _pipe),
+  **{
+    f"role_{role}": ("refuse", _says(0, **{"from": role}))
+    for role in ("user", "humn", "system", "function")
+  },
+  **{
+    f"path_{i}": ("refuse", _puts(image=name))
+    for i, name in enumerate(
+      (
+        *("../secret.png", "sub/../../secret.png", "/etc/passwd", "/dev/zero"),
+        *("~root/x.png", "sub/0.png\0", "", "sub", "x" * 5000, "sub/9.png"),
+      )
+    )
+  },
 }
 
 
 def _make_ask(folder: pathlib.Path) -> Parts:
-  entries = [
+  entries: list[dict[str, Any]] = [
     {"id": "a", "image": "x.png", "question": "Wo ist es ?"},
     {"id": 7, "image": ["x.png", "y.png"], "question": "m\u00fcsli \u684c"},
     {"turns": [["One ?", "1"], ["Two ?", None]], "temperature": 0.5},
@@ -222,24 +183,20 @@ def _make_ask(folder: pathlib.Path) -> Parts:
   (folder / "ask.jsonl").write_text(text)
   right = {}
   for number, entry in enumerate(entries, 1):
-    names = entry.get("image", [])
-    right[str(entry.get("id", number))] = (
-      [names] if isinstance(names, str) else names,
-      [tuple(x) for x in entry.get("turns", [[entry.get("question"), None]])],
-      {key: entry[key] for key in jobs.FIELDS if key in entry},
-    )
+    names = entry.pop("image", [])
+    names = [names] if isinstance(names, str) else names
+    turns = entry.pop("turns", [[entry.pop("question", None), None]])
+    id_ = str(entry.pop("id", number))
+    right[id_] = names, [tuple(turn) for turn in turns], entry
   return right
 
 
 def _read_ask(folder: pathlib.Path) -> Parts:
-  return {
-    str(job.id): (
-      [os.path.relpath(name, folder) for name in job.images],
-      list(job.turns),
-      dict(job.fields),
-    )
-    for job in jobs.read(str(folder / "ask.jsonl"))
-  }
+  right = {}
+  for job in jobs.read(str(folder / "ask.jsonl")):
+    names = [os.path.relpath(name, folder) for name in job.images]
+    right[str(job.id)] = names, list(job.turns), dict(job.fields)
+  return right
 
 
 def _make_answers(folder: pathlib.Path) -> Parts:
@@ -254,30 +211,21 @@ def _read_answers(folder: pathlib.Path) -> Parts:
   return dict(predictions.read_predictions([folder / "a.jsonl"]))
 
 
-_DATA = files.one_of("data.json")
+def _kind(make, read, name: str, **more: Case) -> Kind:
+  cases = documents.cases(files.one_of(name)) | more
+  return Kind(make, read, cases, documents.DRAWN)
+
+
 KINDS = {
-  "data_json": Kind(
+  "data_json": _kind(
     functools.partial(_make_data, lines=False),
     _read_data,
-    documents.cases(_DATA) | _DATA_CASES,
-    documents.DRAWN,
+    "data.json",
+    **{name: _case(*case) for name, case in _RECORDS.items()},
   ),
-  "data_jsonl": Kind(
-    functools.partial(_make_data, lines=True),
-    _read_data,
-    documents.cases(_DATA),
-    documents.DRAWN,
+  "data_jsonl": _kind(
+    functools.partial(_make_data, lines=True), _read_data, "data.json"
   ),
-  "ask": Kind(
-    _make_ask,
-    _read_ask,
-    documents.cases(files.one_of("ask.jsonl")),
-    documents.DRAWN,
-  ),
-  "answers": Kind(
-    _make_answers,
-    _read_answers,
-    documents.cases(files.one_of("a.jsonl")),
-    documents.DRAWN,
-  ),
+  "ask": _kind(_make_ask, _read_ask, "ask.jsonl"),
+  "answers": _kind(_make_answers, _read_answers, "a.jsonl"),
 }

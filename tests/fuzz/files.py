@@ -4,10 +4,19 @@ import os
 import pathlib
 from collections.abc import Callable
 
-from tests.fuzz.kinds import Case, Declared, Input
+from tests.fuzz.kinds import Case, Input, Mutation
 
 Pick = Callable[[Input], pathlib.Path]  # the file to change
-Change = Callable[[Input], object]
+
+# What may be in the place of a file.
+TARGETS: dict[str, Callable[[pathlib.Path], object]] = {
+  "missing": lambda path: None,
+  "folder": lambda path: path.mkdir(),
+  "pipe": lambda path: os.mkfifo(path),
+  "endless_device": lambda path: path.symlink_to("/dev/zero"),
+  "dangling_link": lambda path: path.symlink_to("nowhere"),
+  "link_to_itself": lambda path: path.symlink_to(path),
+}
 
 
 def one_of(*patterns: str) -> Pick:
@@ -20,34 +29,31 @@ def one_of(*patterns: str) -> Pick:
   return pick
 
 
-def cases(pick: Pick, flips: Declared = "either") -> dict[str, Case]:
-  """Damage that no format survives; `flips` is what flipped bits declare."""
-  damage = {
-    "empty": lambda data, rng: b"",
-    "zeros": lambda data, rng: bytes(len(data)),
-    "noise": lambda data, rng: rng.randbytes(len(data)),
+def cases(pick: Pick, known: bool = True) -> dict[str, Case]:
+  """Damage; `known`: what is read in spite of it must be the original."""
+
+  def target(put) -> Mutation:
+    def mutate(given: Input) -> None:
+      path = pick(given)
+      path.unlink()
+      put(path)
+
+    return mutate
+
+  return {
+    **{name: ("refuse", target(put)) for name, put in TARGETS.items()},
+    "empty": ("refuse", changes(pick, lambda data, rng: b"")),
+    "zeros": ("refuse", changes(pick, lambda data, rng: bytes(len(data)))),
+    "noise": ("refuse", changes(pick, lambda x, rng: rng.randbytes(len(x)))),
+    "bits": ("either", changes(pick, flip_bits, known)),
+    "bytes": ("either", changes(pick, set_bytes, known)),
+    "cut": ("either", changes(pick, cut, known)),
+    "extended": ("either", changes(pick, extend, known)),
   }
-  result: dict[str, Case] = {
-    name: ("refuse", changes(pick, change)) for name, change in damage.items()
-  }
-  result |= {
-    name: ("refuse", _replaces(pick, put)) for name, put in TARGETS.items()
-  }
-  result["bits"] = flips, changes(pick, flip_bits)
-  result["bytes"] = flips, changes(pick, set_bytes)
-  return result
 
 
-def changes(
-  pick: Pick, change: Callable, known: bool = True
-) -> Callable[[Input], None]:
-  """A mutation of a file's bytes; `known` as for `documents`: the values stay.
-
-  Args:
-    pick: the file.
-    change: makes other bytes of bytes and a random generator.
-    known: whether what is read must be the original values.
-  """
+def changes(pick: Pick, change: Callable, known: bool = True) -> Mutation:
+  """A mutation of a file's bytes, which `change` gets with a generator."""
 
   def mutate(given: Input) -> None:
     path = pick(given)
@@ -77,28 +83,9 @@ def set_bytes(data: bytes, rng) -> bytes:
 
 def cut(data: bytes, rng) -> bytes:
   """The beginning, at least a byte short."""
-  return data[: rng.randrange(1, len(data) - 1)]
+  return data[: rng.randrange(len(data) - 1)]
 
 
 def extend(data: bytes, rng) -> bytes:
   """Something after the end."""
   return data + rng.choice((b"\0", b"x", b"\xff" * 5000, data, b"]"))
-
-
-TARGETS: dict[str, Callable[[pathlib.Path], object]] = {
-  "missing": lambda path: None,
-  "folder": lambda path: path.mkdir(),
-  "pipe": lambda path: os.mkfifo(path),
-  "endless_device": lambda path: path.symlink_to("/dev/zero"),
-  "dangling_link": lambda path: path.symlink_to("nowhere"),
-  "link_to_itself": lambda path: path.symlink_to(path),
-}
-
-
-def _replaces(pick: Pick, put: Callable) -> Callable[[Input], None]:
-  def mutate(given: Input) -> None:
-    path = pick(given)
-    path.unlink()
-    put(path)
-
-  return mutate

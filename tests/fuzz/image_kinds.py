@@ -1,5 +1,6 @@
 """Images and videos. Read next: weight_kinds.py."""
 
+import functools
 import io
 import pathlib
 import struct
@@ -11,23 +12,18 @@ from PIL import Image, ImageOps
 
 from tests.data import videos
 from tests.fuzz import files
-from tests.fuzz.kinds import Case, Input, Kind, Parts, array
-from vocojax.data import video
-from vocojax.inference import requests
+from tests.fuzz.kinds import Case, Input, Kind, Mutation, Parts, array
+from vocojax.data import images, video
 
 _SIZE = 24
 _FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")
-_PICK = files.one_of("cat.png")  # whatever format is in it
 
 
-def _pixels(height: int = 30, width: int = 40, seed: int = 0) -> np.ndarray:
-  rng = np.random.default_rng(seed)
-  return rng.integers(0, 256, (height, width, 3), np.uint8)
-
-
-def _make(folder: pathlib.Path) -> Parts:
-  Image.fromarray(_pixels()).save(folder / "cat.png")
-  return _reference(folder / "cat.png")
+def _image(seed: int = 0, mode: str = "RGB") -> Image.Image:
+  pixels = np.random.default_rng(seed).integers(0, 256, (30, 40, 3), np.uint8)
+  if mode == "I;16":
+    return Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+  return Image.fromarray(pixels).convert(mode)
 
 
 def _reference(path: pathlib.Path) -> Parts:
@@ -47,24 +43,24 @@ def _reference(path: pathlib.Path) -> Parts:
   return {"pixels": array(np.asarray(square))}
 
 
+def _make(folder: pathlib.Path) -> Parts:
+  _image().save(folder / "cat.png")
+  return _reference(folder / "cat.png")
+
+
 def _read(folder: pathlib.Path) -> Parts:
-  pixels, _ = requests.read_image(folder / "cat.png", _SIZE, True)
+  pixels = images.ImageProcessor(_SIZE, True)(folder / "cat.png")
   assert pixels.shape == (_SIZE, _SIZE, 3) and pixels.dtype == np.uint8
   return {"pixels": array(pixels)}
 
 
-def _saves(format_: str, mode: str = "RGB", **options) -> files.Change:
+def _saves(format_: str, mode: str = "RGB", **options) -> Mutation:
   """Another image, in a format and mode, to be read as Pillow reads it."""
 
   def mutate(given: Input) -> None:
-    image = Image.fromarray(_pixels(seed=given.rng.randrange(99)))
-    if mode == "I;16":
-      rows = _pixels()[..., 0].astype(np.uint16) * 257
-      image = Image.fromarray(rows)
-    path = given.folder / "cat.png"
-    image = image if mode == "I;16" else image.convert(mode)
-    image.save(path, format_, **options)
-    given.right = _reference(path)
+    image = _image(given.rng.randrange(99), mode)
+    image.save(given.folder / "cat.png", format_, **options)
+    given.right = _reference(given.folder / "cat.png")
 
   return mutate
 
@@ -75,42 +71,28 @@ def _turned(given: Input) -> None:
   _saves("JPEG", exif=exif)(given)
 
 
-def _moving(format_: str) -> files.Change:
-  """Of an animation the first picture counts."""
-  more = [Image.fromarray(_pixels(seed=100 + i)) for i in range(3)]
-  return _saves(format_, save_all=True, append_images=more)
-
-
-def _of_size(width: int, height: int, mode: str = "RGB") -> files.Change:
-  """An image of one colour; too large for a reference of its pixels."""
-
-  def mutate(given: Input) -> None:
-    image = Image.new(mode, (width, height), 1)
-    image.save(given.folder / "cat.png", "PNG", compress_level=1)
-    given.right = None
-
-  return mutate
-
-
-def _in_any_format(change: Callable, known: bool) -> files.Change:
-  """Damages an image of a random format."""
+def _damaged(change: Callable, known: bool = True) -> Mutation:
+  """An image of any format, damaged."""
 
   def mutate(given: Input) -> None:
     _saves(given.rng.choice(_FORMATS))(given)
-    path = given.folder / "cat.png"
-    path.write_bytes(change(path.read_bytes(), given.rng))
-    if not known:
-      given.right = None
+    files.changes(files.one_of("cat.png"), change, known)(given)
 
   return mutate
 
 
-def _half(data: bytes, rng) -> bytes:
-  return data[: rng.randrange(len(data) // 8, len(data) // 2)]
+def _writes(content: Callable[[], bytes]) -> Mutation:
+  """Other content, of which no pixels are known."""
+  return files.changes(files.one_of("cat.png"), lambda x, rng: content(), False)
 
 
-def _writes(content: bytes) -> files.Change:
-  return files.changes(_PICK, lambda data, rng: content)
+def _of_size(width: int, height: int, mode: str = "RGB") -> Mutation:
+  def content() -> bytes:
+    out = io.BytesIO()
+    Image.new(mode, (width, height), 1).save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+  return _writes(content)
 
 
 def _png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
@@ -118,85 +100,86 @@ def _png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
   head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
   content = b"\x89PNG\r\n\x1a\n"
   for kind, data in ((b"IHDR", head), *chunks, (b"IEND", b"")):
-    crc = zlib.crc32(kind + data)
     content += struct.pack(">I", len(data)) + kind + data
-    content += struct.pack(">I", crc)
+    content += struct.pack(">I", zlib.crc32(kind + data))
   return content
 
 
 def _patched(format_: str, at: int, new: bytes) -> bytes:
   """A small file whose sides in the header are others."""
   out = io.BytesIO()
-  Image.fromarray(_pixels(8, 8)).save(out, format_)
+  _image().save(out, format_)
   data = out.getvalue()
   if format_ == "JPEG":  # behind the marker of the frame and its length
     at = data.index(b"\xff\xc0") + 5
   return data[:at] + new + data[at + len(new) :]
 
 
-_ZEROS = zlib.compress(bytes(2**27), 9)
-_EPS = (
-  b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
-)
-_FOREIGN = {
-  "eps": _EPS,
-  "eps_with_preview": b"\xc5\xd0\xd3\xc6"
-  + struct.pack("<6IH", 30, len(_EPS), *[0] * 5)
-  + _EPS,
-  "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
-  "heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99),
-  "pdf": b"%PDF-1.7\n1 0 obj\n<<>>\nendobj\n",
-  "html": b"<!DOCTYPE html><html><body>404</body></html>",
-  "git_lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
-  "png_huge": _png(60_000, 60_000, (b"IDAT", _ZEROS[:200])),
-  "png_no_end": _png(2**31 - 1, 1, (b"IDAT", _ZEROS[:200])),
-  "png_no_side": _png(0, 7, (b"IDAT", _ZEROS[:200])),
-  "png_real_bomb": _png(32_000, 32_000, (b"IDAT", _ZEROS)),
-  "bmp_huge": _patched("BMP", 18, struct.pack("<ii", 90_000, 90_000)),
-  "bmp_negative": _patched("BMP", 18, struct.pack("<ii", -8, 2**31 - 1)),
-  "gif_huge": _patched("GIF", 6, b"\xff" * 4),
-  "jpeg_huge": _patched("JPEG", 0, b"\xff" * 4),
-  "tiff_no_tags": b"II*\0\x08\0\0\0\xff\xff" + bytes(12),
-}
+@functools.cache
+def _zeros() -> bytes:
+  return zlib.compress(bytes(2**27), 9)
+
+
+_EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+_PLACES = struct.pack("<7I", 32, 60, *[0] * 5)
+_FOREIGN: dict[str, Callable[[], bytes]] = {
+  "eps": lambda: _EPS,
+  "eps_preview": lambda: b"\xc5\xd0\xd3\xc6" + _PLACES + _EPS,
+  "svg": lambda: b'<svg xmlns="http://www.w3.org/2000/svg" width="9"/>',
+  "heic": lambda: b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99),
+  "pdf": lambda: b"%PDF-1.7\n1 0 obj\n<<>>\nendobj\n",
+  "html": lambda: b"<!DOCTYPE html><html><body>404</body></html>",
+  "git_lfs": lambda: b"version https://git-lfs.github.com/spec/v1\nsize 9\n",
+  "tiff_tags": lambda: b"II*\0\x08\0\0\0\xff\xff" + bytes(12),
+  "png_huge": lambda: _png(60_000, 60_000, (b"IDAT", _zeros()[:200])),
+  "png_wide": lambda: _png(2**31 - 1, 1, (b"IDAT", _zeros()[:200])),
+  "png_flat": lambda: _png(0, 7, (b"IDAT", _zeros()[:200])),
+  "png_bomb": lambda: _png(32_000, 32_000, (b"IDAT", _zeros())),
+  "bmp_huge": lambda: _patched("BMP", 18, struct.pack("<ii", 90_000, 90_000)),
+  "bmp_sign": lambda: _patched("BMP", 18, struct.pack("<ii", -8, 2**31 - 1)),
+  "gif_huge": lambda: _patched("GIF", 6, b"\xff" * 4),
+  "jpeg_huge": lambda: _patched("JPEG", 0, b"\xff" * 4),
+}  # fmt: skip
+_MOVING = {"save_all": True, "append_images": [_image(i) for i in range(3)]}
 _CASES: dict[str, Case] = {
-  **{name: ("refuse", _writes(data)) for name, data in _FOREIGN.items()},
+  **files.cases(files.one_of("cat.png")),
+  **{name: ("refuse", _writes(content)) for name, content in _FOREIGN.items()},
   **{f.lower(): ("read", _saves(f)) for f in _FORMATS},
   **{
     f"png_{mode}": ("read", _saves("PNG", mode))
     for mode in ("1", "L", "P", "RGBA", "LA", "I;16")
+  },
+  **{
+    f"{f.lower()}_moving": ("read", _saves(f, **_MOVING))
+    for f in ("GIF", "PNG", "WEBP", "TIFF")
   },
   "jpeg_cmyk": ("read", _saves("JPEG", "CMYK")),
   "jpeg_progressive": ("read", _saves("JPEG", progressive=True)),
   "jpeg_turned": ("read", _turned),
   "tiff_cmyk": ("read", _saves("TIFF", "CMYK")),
   "tiff_32_bit": ("refuse", _saves("TIFF", "F")),
-  "gif_moving": ("read", _moving("GIF")),
-  "png_moving": ("read", _moving("PNG")),
-  "webp_moving": ("read", _moving("WEBP")),
-  "tiff_pages": ("read", _moving("TIFF")),
-  "one_pixel": ("read", _writes(b"")),
+  "one_pixel": ("read", _of_size(1, 1)),
   "thin": ("either", _of_size(1, 40_000)),
   "flat": ("either", _of_size(40_000, 1)),
   "tall": ("either", _of_size(200, 30_000)),
   "tall_one_bit": ("either", _of_size(3, 65_000, "1")),
-  "photo": ("either", _of_size(8_000, 6_000)),
-  "larger_photo": ("either", _of_size(12_000, 9_000, "1")),
+  "photo": ("read", _of_size(8_000, 6_000)),
+  "photo_of_108_mp": ("read", _of_size(12_000, 9_000, "L")),
   "too_large": ("refuse", _of_size(20_000, 20_000, "1")),
   "text_bomb": (
     "either",
-    _writes(_png(8, 8, (b"zTXt", b"a\0\0" + _ZEROS), (b"IDAT", _ZEROS[:99]))),
+    _writes(lambda: _png(8, 8, (b"zTXt", b"a\0\0" + _zeros()))),
   ),
   "profile_bomb": (
     "either",
-    _writes(_png(8, 8, (b"iCCP", b"a\0\0" + _ZEROS), (b"IDAT", _ZEROS[:99]))),
+    _writes(lambda: _png(8, 8, (b"iCCP", b"a\0\0" + _zeros()))),
   ),
-  "bits": ("either", _in_any_format(files.flip_bits, known=False)),
-  "bytes": ("either", _in_any_format(files.set_bytes, known=False)),
-  "cut": ("either", _in_any_format(files.cut, known=True)),
-  "half": ("refuse", _in_any_format(_half, known=False)),
-  "extended": ("either", _in_any_format(files.extend, known=True)),
+  "bits": ("either", _damaged(files.flip_bits, known=False)),
+  "bytes": ("either", _damaged(files.set_bytes, known=False)),
+  "cut": ("either", _damaged(files.cut)),
+  "half": ("refuse", _damaged(lambda data, rng: data[: len(data) // 2])),
+  "extended": ("either", _damaged(files.extend)),
 }
-_CASES["one_pixel"] = "read", _of_size(1, 1)
 
 
 def _make_video(folder: pathlib.Path) -> Parts:
@@ -208,29 +191,13 @@ def _read_video(folder: pathlib.Path) -> Parts:
   """Which frames were taken, by their grey."""
   frames = video.read_frames(folder / "a.mp4", 8, 16, False)
   assert frames.shape[1:] == (16, 16, 3)
-  return {
-    str(i): round((float(frame.mean()) - 10) / 8)
-    for i, frame in enumerate(frames)
-  }
+  greys = [round((float(frame.mean()) - 10) / 8) for frame in frames]
+  return {str(i): grey for i, grey in enumerate(greys)}
 
 
-_VIDEO = files.one_of("a.mp4")
+_DRAWN = ("bits", "bytes", "cut", "half", "extended")
+_VIDEO = files.cases(files.one_of("a.mp4"), known=False)
 KINDS = {
-  "image": Kind(
-    _make,
-    _read,
-    files.cases(_PICK) | _CASES,
-    ("bits", "bytes", "cut", "half", "extended"),
-  ),
-  "video": Kind(
-    _make_video,
-    _read_video,
-    files.cases(_VIDEO)
-    | {
-      "bits": ("either", files.changes(_VIDEO, files.flip_bits, known=False)),
-      "bytes": ("either", files.changes(_VIDEO, files.set_bytes, known=False)),
-      "cut": ("either", files.changes(_VIDEO, files.cut, known=False)),
-    },
-    ("bits", "bytes", "cut"),
-  ),
+  "image": Kind(_make, _read, _CASES, _DRAWN),
+  "video": Kind(_make_video, _read_video, _VIDEO, ("bits", "bytes", "cut")),
 }
