@@ -53,6 +53,8 @@ KINDS: dict[str, Kind] = (
   | benchmark_kinds.KINDS
   | checkpoint_kinds.KINDS
 )
+for _kind in KINDS.values():
+  _kind.cases["unchanged"] = "read", lambda given: None
 _DRAWS = 4  # of a mutation that differs by seed, for one of any other
 _SOUND = ("read", "refused")
 
@@ -85,8 +87,6 @@ def _make(folder: pathlib.Path, names: set[str]) -> None:
     for name in names:
       (folder / name).mkdir()
       right = KINDS[name].make(folder / name)
-      found = KINDS[name].read(folder / name)
-      assert found == right, f"{name}: read {found}, expected {right}"
       (folder / f"{name}.pickle").write_bytes(pickle.dumps(right))
     os._exit(0)
   except BaseException:
