@@ -1,4 +1,4 @@
-"""LLaVA's `group_by_modality_length` against a plain rewrite of the rule."""
+"""Batches of `group_by_length`; of their order see fidelity/test_order.py."""
 
 import dataclasses
 import itertools
@@ -11,60 +11,6 @@ from tests.data.test_packing import source_of
 from tests.data.test_pipeline import DATA, PROMPT, assert_equal, take
 from vocojax.data import grouping, pipeline, rows, tokenizer
 from vocojax.errors import DataError
-
-
-def chunks_of(batch, words, num_chunks):
-  """As in LLaVA: each record of a sorted batch to the chunk of least words."""
-  if len(batch) % num_chunks:
-    return [batch[c::num_chunks] for c in range(num_chunks)]
-  room = len(batch) // num_chunks
-  chunks = [[] for _ in range(num_chunks)]
-  for record in batch:
-    open_chunks = [c for c in chunks if len(c) < room]
-    best = open_chunks[0]
-    for chunk in open_chunks:
-      if sum(words[r] for r in chunk) < sum(words[r] for r in best):
-        best = chunk
-    best.append(record)
-  return chunks
-
-
-def expected(signed, batch_size, num_chunks, rng):
-  """The rule of the original, record by record, in lists."""
-  words = {i: abs(n) for i, n in enumerate(signed)}
-  cut = []
-  for sign in (1, -1):
-    records = [i for i, n in enumerate(signed) if n * sign > 0]
-    drawn = [records[i] for i in rng.permutation(len(records))]
-    batches = []
-    while drawn:
-      batch, drawn = drawn[:batch_size], drawn[batch_size:]
-      batch = sorted(batch, key=lambda r: words[r], reverse=True)
-      chunks = chunks_of(batch, words, num_chunks)
-      batches.append([r for chunk in chunks for r in chunk])
-    cut.append(batches)
-  with_images, without = cut
-  if not (with_images and without):
-    return [r for batch in with_images + without for r in batch]
-  last = sorted(with_images.pop() + without.pop())
-  batches = with_images + without
-  order = [batches[i] for i in rng.permutation(len(batches))] + [last]
-  return [r for batch in order for r in batch]
-
-
-@pytest.mark.parametrize(
-  ("share", "count"), [(0.2, 203), (0.5, 64), (0, 50), (1, 50), (0.3, 7)]
-)
-@pytest.mark.parametrize(("size", "chunks"), [(8, 4), (8, 3), (16, 16), (4, 1)])
-def test_order(share, count, size, chunks):
-  draw = np.random.default_rng(count)
-  signed = draw.integers(1, 12, count)  # with many equal lengths
-  signed = np.where(draw.random(count) < share, -signed, signed)
-  found = grouping.order(signed, size, chunks, np.random.default_rng(5))
-  want = expected(signed.tolist(), size, chunks, np.random.default_rng(5))
-  assert found.tolist() == want
-  assert sorted(want) == list(range(count))
-
 
 NUM_RECORDS = 37
 GROUP = dataclasses.replace(
