@@ -7,9 +7,8 @@ import collections
 import json
 import os
 import pathlib
-import pickle
-import zipfile
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,6 +43,14 @@ def assert_read(tensors, state):
     assert found.tobytes() == expected[last * len(expected) // len(x) :], name
 
 
+def refused(path: pathlib.Path) -> tuple[str, str, str]:
+  """Where, got and expected of the error that a file gives."""
+  with pytest.raises(WeightsError) as e:
+    files.open_file(path)
+  assert e.value.fix
+  return e.value.where, e.value.got, e.value.expected
+
+
 def test_safetensors(tmp_path, state):
   path = tmp_path / "model.safetensors"
   published.save_safetensors(state, path)
@@ -65,8 +72,8 @@ def test_tensors_that_share_a_storage(tmp_path):
   torch.save({"whole": whole, "part": whole[1:3]}, path)
   assert_read(files.open_file(path), {"whole": whole, "part": whole[1:3]})
   torch.save({"turned": whole.T}, path)
-  with pytest.raises(WeightsError, match=r"strides \(1, 3\)"):
-    files.open_file(path)
+  _, got, _ = refused(path)
+  assert got == "a tensor of shape (3, 4) and strides (1, 3)"
 
 
 def test_sharded_bin(tmp_path, state):
@@ -101,17 +108,15 @@ def test_code_in_a_pickle_is_not_run(
   monkeypatch.chdir(tmp_path)
   path = tmp_path / "evil.bin"
   torch.save(state | {"code": _Code(function, *arguments)}, path)
-  with pytest.raises(WeightsError, match=f"evil.bin: its pickle asks.* {name}"):
-    files.open_file(path)
+  assert refused(path) == (
+    f"{path}: its pickle",
+    f"'{name}', which was not run",
+    "tensors alone",
+  )
   assert not (tmp_path / "PROOF").exists()
   if "PROOF" in str(arguments):  # it would have run
     torch.load(path, weights_only=False)
     assert (tmp_path / "PROOF").exists()
-
-
-def _write_pickle(path, content: bytes):
-  with zipfile.ZipFile(path, "w") as archive:
-    archive.writestr("x/data.pkl", content)
 
 
 def test_pickle_cannot_change_what_was_read(tmp_path):
@@ -125,63 +130,161 @@ def test_pickle_cannot_change_what_was_read(tmp_path):
 
   path = tmp_path / "x.bin"
   torch.save({"a": tensor, "b": Changed()}, path)
-  with pytest.raises(WeightsError, match=r"x\.bin: cannot be read"):
-    files.open_file(path)
+  assert refused(path)[:2] == (f"{path}: its pickle", "a change of a _Tensor")
 
 
 @pytest.mark.parametrize(
-  "value, message",
+  "value, got",
   [
-    ([1, 2], "holds a list, expected a dictionary"),
-    ({"a": 1}, "'a' is a int, expected tensors"),
-    ({1: 1}, "1 is a int"),
-    ({"a": {"b": 1}}, "'a' is a dict"),
+    ([1, 2], "a list"),
+    ({"a": 1}, "a int named 'a'"),
+    ({1: 1}, "a int as a name"),
+    ({"a": {"b": 1}}, "a dict named 'a'"),
   ],
 )
-def test_other_content(tmp_path, value, message):
+def test_other_content(tmp_path, value, got):
   path = tmp_path / "x.bin"
   torch.save(value, path)
-  with pytest.raises(WeightsError, match=message):
-    files.open_file(path)
+  assert refused(path)[:2] == (f"{path}: its pickle", got)
 
 
 def test_damaged_bin(tmp_path, state):
   path = tmp_path / "x.bin"
   torch.save(state, path, _use_new_zipfile_serialization=False)
-  with pytest.raises(WeightsError, match=r"x\.bin: not a zip.*before 1\.6"):
-    files.open_file(path)
+  assert refused(path)[1] == "a plain pickle, as of torch before 1.6"
   torch.save(state, path)
   path.write_bytes(path.read_bytes()[:-40])
-  with pytest.raises(WeightsError, match=r"x\.bin: not a zip"):
-    files.open_file(path)
-  _write_pickle(path, b"garbage")
-  with pytest.raises(WeightsError, match=r"x\.bin: cannot be read"):
-    files.open_file(path)
-  _write_pickle(path, pickle.dumps({}, 2)[:-1])
-  with pytest.raises(WeightsError, match=r"x\.bin: cannot be read"):
-    files.open_file(path)
-  with zipfile.ZipFile(path, "w") as archive:
-    archive.writestr("x/other", b"")
-  with pytest.raises(WeightsError, match=r"without data\.pkl"):
-    files.open_file(path)
+  assert refused(path)[1] == "a damaged or incomplete zip archive"
+  path.write_bytes(b"<!doctype html>")
+  assert refused(path)[1] == "a file that starts with b'<!'"
+  path.write_bytes(b"")
+  assert refused(path)[1] == "a file that starts with b''"
 
 
-def test_damaged_safetensors(tmp_path, state):
+@pytest.mark.parametrize("name", ["x.bin", "x.safetensors"])
+def test_file_that_is_none(tmp_path, name):
+  path = tmp_path / name
+  assert refused(path)[1] == "no such file"
+  os.mkfifo(path)
+  assert refused(path)[1] == "a pipe"
+  path.unlink()
+  path.mkdir()
+  assert refused(path)[1] == "a folder"
+  path.rmdir()
+  path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+  assert refused(path)[1] == "a pointer of git-lfs"
+
+
+def _safetensors(header, data: bytes = b"") -> bytes:
+  content = header if isinstance(header, bytes) else json.dumps(header).encode()
+  return len(content).to_bytes(8, "little") + content + data
+
+
+def _entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:
+  return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def _pair(second: dict, first: dict | None = None) -> dict:
+  return {"a": first or _entry(), "b": second}
+
+
+# The header, how many bytes follow, the tensor or "", and what was got.
+_HEADERS = {
+  "nothing": (b"", 0, "", "0 bytes"),
+  "no JSON": (b"{garbage", 0, "header", "Expecting property name"),
+  "a list": (b"[1, 2]", 0, "header", "[1, 2]"),
+  "NaN": (b'{"a": NaN}', 0, "header", "the number NaN"),
+  "twice": (b'{"a": 1, "a": 2}', 0, "header", "the key 'a' twice"),
+  "digits": (b'{"a": ' + b"9" * 5000 + b"}", 0, "header", "Exceeds the"),
+  "no object": ({"a": 7}, 0, "a", "7"),
+  "no dtype": (
+    {"a": {"shape": [], "data_offsets": []}},
+    0,
+    "a: field",
+    "nothing",
+  ),
+  "offsets": (
+    {"a": _entry() | {"data_offsets": "0, 8"}},
+    8,
+    "a: field",
+    "'0, 8'",
+  ),
+  "FP8": ({"a": _entry("F8_E4M3", (8,))}, 8, "a", "numbers of type 'F8_E4M3'"),
+  "bool": ({"a": _entry(shape=(True,))}, 8, "a", "shape [True] and"),
+  "negative": ({"a": _entry(shape=(-1, -2))}, 8, "a", "shape [-1, -2] and"),
+  "overflow": ({"a": _entry(shape=(2**62, 4))}, 8, "a", "shape [461168601842"),
+  "many axes": ({"a": _entry(shape=(1,) * 65)}, 8, "a", "shape [1, 1, 1"),
+  "three offsets": ({"a": _entry(offsets=(0, 4, 8))}, 8, "a", "shape [2] and"),
+  "turned": ({"a": _entry(offsets=(8, 0))}, 8, "a", "-8 bytes"),
+  "shape": ({"a": _entry(shape=(3,))}, 8, "a", "8 bytes"),
+  "overlap": (
+    _pair(_entry(offsets=(4, 12))),
+    12,
+    "b",
+    "data_offsets from 4 on",
+  ),
+  "the same": (_pair(_entry()), 8, "b", "data_offsets from 0 on"),
+  "a gap": (
+    _pair(_entry(offsets=(12, 20))),
+    20,
+    "b",
+    "data_offsets from 12 on",
+  ),
+  "a gap before": (
+    {"a": _entry(offsets=(4, 12))},
+    12,
+    "a",
+    "data_offsets from 4 on",
+  ),
+  "misaligned": (
+    _pair(_entry(offsets=(3, 11)), _entry("U8", (3,), (0, 3))),
+    11,
+    "b",
+    "offset 3",
+  ),
+  "cut off": ({"a": _entry()}, 7, "", "SIZE bytes"),
+  "more": ({"a": _entry()}, 9, "", "SIZE bytes"),
+}
+
+
+@pytest.mark.parametrize("name", _HEADERS)
+def test_safetensors_header(tmp_path, name):
+  header, size, at, got = _HEADERS[name]
   path = tmp_path / "x.safetensors"
-  published.save_safetensors(state, path)
-  content = path.read_bytes()
-  for damaged, message in (
-    (content[:-1], "cut off"),
-    (content[:20], "no safetensors header"),
-    (b"", "no safetensors header"),
-    (content.replace(b'"F32"', b'"F33"'), "dtype F33"),
-    (content.replace(b"[5,3]", b"[5,4]"), r"60 bytes for shape \(5, 4\)"),
-    (content.replace(b"b.weight", b"a.weight"), "a.weight twice"),
-  ):
-    assert damaged != content
-    path.write_bytes(damaged)
-    with pytest.raises(WeightsError, match=rf"x\.safetensors: .*{message}"):
-      files.open_file(path)
+  path.write_bytes(_safetensors(header, bytes(size)) if header else b"")
+  where, found, _ = refused(path)
+  assert where.startswith(f"{path}: {at}" if at else str(path))
+  assert found.startswith(got.replace("SIZE", str(path.stat().st_size))), found
+
+
+@pytest.mark.parametrize("length", [9, 2**24 + 1, 2**63, 2**64 - 1])
+def test_safetensors_header_of_absurd_length(tmp_path, length):
+  path = tmp_path / "x.safetensors"
+  with open(path, "wb") as f:
+    f.write(length.to_bytes(8, "little") + b"{}")
+    f.truncate(2**30 if length == 2**24 + 1 else 10)  # with a hole
+  assert refused(path)[1] == f"a header of {length:,} bytes"
+
+
+def test_safetensors_that_are_unusual(tmp_path):
+  """Empty tensors, scalars, and data that begin at an odd place."""
+  path = tmp_path / "x.safetensors"
+  data = np.arange(3, dtype=np.float32).tobytes()
+  header = {
+    "empty": _entry(shape=(0, 5), offsets=(0, 0)),
+    "b": _entry(shape=(2,), offsets=(0, 8)),
+    "none": _entry(shape=(4, 0), offsets=(8, 8)),
+    "scalar": _entry(shape=(), offsets=(8, 12)),
+  }
+  content = json.dumps(header).encode()
+  content += b" " * (-len(content) % 8 + 3)  # as before safetensors padded it
+  path.write_bytes(_safetensors(content, data))
+  found = files.open_file(path)
+  assert found["b"].offset % 4 == 3
+  assert found["b"].rows().tolist() == [0, 1]
+  assert {name: x.shape for name, x in found.items()} == {
+    name: tuple(entry["shape"]) for name, entry in header.items()
+  }
 
 
 def _index(folder: pathlib.Path) -> tuple[pathlib.Path, dict]:
@@ -197,19 +300,30 @@ def shards(tmp_path, state):
   return tmp_path
 
 
+def refused_folder(folder: pathlib.Path) -> tuple[str, str, str]:
+  with pytest.raises(WeightsError) as e:
+    files.open_folder(folder)
+  assert e.value.fix
+  return e.value.where, e.value.got, e.value.expected
+
+
 def test_missing_shard(shards):
   first = min(shards.glob("*.safetensors"))
   first.unlink()
-  with pytest.raises(WeightsError, match=f"{first.name}: missing shard"):
-    files.open_folder(shards)
+  assert refused_folder(shards) == (
+    str(first),
+    "no such file",
+    "a shard with 2 tensors, as model.safetensors.index.json says",
+  )
 
 
 def test_index_names_an_absent_tensor(shards):
   path, index = _index(shards)
   index["weight_map"]["ghost"] = index["weight_map"]["a.weight"]
   path.write_text(json.dumps(index))
-  with pytest.raises(WeightsError, match=r"ghost: .*index\.json puts it in"):
-    files.open_folder(shards)
+  where, got, _ = refused_folder(shards)
+  assert where == f"{path}: ghost"
+  assert got == f"{index['weight_map']['a.weight']}, which has no such tensor"
 
 
 def test_index_lacks_a_tensor(shards):
@@ -218,10 +332,12 @@ def test_index_lacks_a_tensor(shards):
   for name, shard in index["weight_map"].items():
     names[shard].append(name)
   name = max(names.values(), key=len)[0]
-  del index["weight_map"][name]
+  shard = index["weight_map"].pop(name)
   path.write_text(json.dumps(index))
-  with pytest.raises(WeightsError, match=f"{name}: .* not in"):
-    files.open_folder(shards)
+  assert refused_folder(shards)[:2] == (
+    f"{shards / shard}: {name}",
+    f"a tensor that {path.name} does not list",
+  )
 
 
 def test_tensor_in_two_shards(shards, state):
@@ -232,13 +348,65 @@ def test_tensor_in_two_shards(shards, state):
   )
   index["weight_map"]["e"] = "more.safetensors"
   path.write_text(json.dumps(index))
-  with pytest.raises(WeightsError, match=r"a\.weight: in .* and "):
-    files.open_folder(shards)
+  assert refused_folder(shards)[:2] == (
+    f"{shards / 'more.safetensors'}: a.weight",
+    f"a tensor that {index['weight_map']['a.weight']} has, too",
+  )
 
 
-def test_no_index(tmp_path):
-  with pytest.raises(WeightsError, match="no weights, expected one of"):
-    files.open_folder(tmp_path)
-  (tmp_path / "model.safetensors.index.json").write_text("{}")
-  with pytest.raises(WeightsError, match="not an index"):
-    files.open_folder(tmp_path)
+@pytest.mark.parametrize(
+  "shard", ["../out.safetensors", "OUT", "sub/x.safetensors", ".", "", "a\0b"]
+)
+def test_shard_elsewhere(shards, tmp_path_factory, shard):
+  """An index is a stranger's: it names no file outside of its folder."""
+  path, index = _index(shards)
+  elsewhere = tmp_path_factory.mktemp("elsewhere") / "out.safetensors"
+  for place in (elsewhere, shards.parent / "out.safetensors"):
+    place.write_bytes((shards / index["weight_map"]["a.weight"]).read_bytes())
+  shard = shard.replace("OUT", str(elsewhere))
+  index["weight_map"]["a.weight"] = shard
+  path.write_text(json.dumps(index))
+  where, got, _ = refused_folder(shards)
+  assert (where, got) == (f"{path}: a.weight", repr(shard))
+
+
+@pytest.mark.parametrize(
+  "content, where, got",
+  [
+    ("{", "", "Expecting property name"),
+    ("[" * 100_000, "", "lists or objects nested too deep"),
+    ("[]", "", "[]"),
+    ("{}", ": field weight_map", "nothing"),
+    ('{"weight_map": []}', ": field weight_map", "[]"),
+    ('{"weight_map": {"a": 1}}', ": a", "1"),
+    ('{"weight_map": {"a": "\\ud800"}}', "", "half of a surrogate pair"),
+    (b"\xff", "", "byte 0xff at offset 0"),
+  ],
+)
+def test_damaged_index(tmp_path, content, where, got):
+  path = tmp_path / "model.safetensors.index.json"
+  path.write_bytes(content if isinstance(content, bytes) else content.encode())
+  found = refused_folder(tmp_path)
+  assert found[0] == f"{path}{where}"
+  assert found[1].startswith(got)
+
+
+def test_index_that_is_a_pipe(tmp_path):
+  path = tmp_path / "model.safetensors.index.json"
+  os.mkfifo(path)
+  assert refused_folder(tmp_path)[:2] == (str(path), "a pipe")
+
+
+@pytest.mark.parametrize(
+  "file, got",
+  [
+    ("notes.txt", "no weights"),
+    ("adapter_config.json", "a LoRA adapter"),
+    ("mm_projector.bin", "a projector alone"),
+    ("llava-7b.Q4_K_M.gguf", "GGUF files"),
+    ("consolidated.00.pth", "weights as Meta has them"),
+  ],
+)
+def test_no_weights(tmp_path, file, got):
+  (tmp_path / file).touch()
+  assert refused_folder(tmp_path)[:2] == (str(tmp_path), got)

@@ -5,15 +5,18 @@ with an index. Nothing of a tensor is read before `Stored.rows` is called.
 """
 
 import collections
-import json
+import math
+import os
 import pathlib
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
-from vocojax.errors import WeightsError
+from vocojax.core import files
+from vocojax.errors import WeightsError, shorten
 from vocojax.weights import torch_zip
-from vocojax.weights.stored import Stored
+from vocojax.weights.stored import Stored, is_shape
 
 # Where a model folder keeps its weights; the first that is there counts.
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -30,7 +33,28 @@ DTYPES = {
   "U8": np.dtype(np.uint8),
   "BOOL": np.dtype(np.bool_),
 }
-_REMEDY = "download the file again"
+_DOWNLOAD = "download the file again"
+_SAME_VERSION = "download index and shards of the same version"
+# Of JSON that describes tensors: room for a hundred thousand of them.
+_JSON_BYTES = 2**24
+# What git has in place of a file that git-lfs has not fetched.
+_POINTER = b"version https://git-lfs"
+# Files of models in other formats, and what helps.
+_OTHERS = {
+  "adapter_config.json": (
+    "a LoRA adapter",
+    "merge it into its base model (merge_and_unload of peft), and name that",
+  ),
+  "mm_projector.bin": (
+    "a projector alone",
+    "name it with --projector, and with --llm the model it belongs to",
+  ),
+  "*.gguf": ("GGUF files", "use the model that they were made from"),
+  "consolidated*.pth": (
+    "weights as Meta has them",
+    "convert them to the Hugging Face format with transformers",
+  ),
+}
 
 
 def open_folder(folder: pathlib.Path) -> dict[str, Stored]:
@@ -41,15 +65,22 @@ def open_folder(folder: pathlib.Path) -> dict[str, Stored]:
       disagree, or a file cannot be read.
   """
   for name in _INDICES:
-    if (folder / name).is_file():
+    if (folder / name).exists():
       return _open_shards(folder / name)
   for name in _SINGLES:
-    if (folder / name).is_file():
+    if (folder / name).exists():
       return open_file(folder / name)
-  raise WeightsError(
-    f"{folder}: no weights, expected one of {', '.join(_SINGLES + _INDICES)}; "
-    "name the folder of a Hugging Face model"
+  got, fix = other_format(folder) or (
+    "no weights",
+    "name the folder of a Hugging Face model",
   )
+  raise WeightsError(folder, got, " or ".join(_SINGLES + _INDICES), fix)
+
+
+def other_format(folder: pathlib.Path) -> tuple[str, str] | None:
+  """What a folder holds that is no whole model, and the remedy."""
+  found = (v for pattern, v in _OTHERS.items() if any(folder.glob(pattern)))
+  return next(found, None)
 
 
 def open_file(path: pathlib.Path) -> dict[str, Stored]:
@@ -58,91 +89,146 @@ def open_file(path: pathlib.Path) -> dict[str, Stored]:
   Raises:
     WeightsError: it is missing, damaged or holds something else.
   """
-  if not path.is_file():
-    raise WeightsError(f"{path}: no such file; {_REMEDY}")
-  if path.suffix == ".safetensors":
-    return _open_safetensors(path)
-  return torch_zip.open_zip(path)
+  with files.open_regular(path, WeightsError) as file:
+    if file.read(len(_POINTER)) == _POINTER:
+      raise WeightsError(
+        path, "a pointer of git-lfs", "the file itself", "run `git lfs pull`"
+      )
+    file.seek(0)
+    if path.suffix == ".safetensors":
+      return _read_safetensors(path, file)
+    return torch_zip.read_zip(path, file)
 
 
 def _open_shards(index: pathlib.Path) -> dict[str, Stored]:
-  try:
-    shard_of = json.loads(index.read_text())["weight_map"]
-  except (ValueError, KeyError, UnicodeDecodeError) as e:
-    raise WeightsError(
-      f"{index}: not an index, expected JSON with 'weight_map'; {_REMEDY}"
-    ) from e
+  values = files.read_json(index, dict, WeightsError, _JSON_BYTES)
+  shard_of = files.get_field(values, "weight_map", dict, index, WeightsError)
+  for name, shard in shard_of.items():
+    where = _at(index, name)
+    files.check_kind(shard, where, str, WeightsError)
+    files.file_name(shard, where, WeightsError)
   tensors: dict[str, Stored] = {}
-  for shard in sorted(set(shard_of.values())):
+  for shard, count in sorted(collections.Counter(shard_of.values()).items()):
     path = index.parent / shard
-    if not path.is_file():
-      named = collections.Counter(shard_of.values())[shard]
+    if not path.exists():
       raise WeightsError(
-        f"{path}: missing shard, {index.name} puts {named} tensors in it; "
-        "download it, too"
+        path,
+        "no such file",
+        f"a shard with {count} tensors, as {index.name} says",
+        "download it, too",
       )
     for name, tensor in open_file(path).items():
       if name in tensors:
         raise WeightsError(
-          f"{name}: in {tensors[name].path.name} and {shard}, expected in one "
-          f"of them; {_REMEDY}"
+          _at(path, name),
+          f"a tensor that {tensors[name].path.name} has, too",
+          "each tensor in one shard",
+          _SAME_VERSION,
         )
       tensors[name] = tensor
   for name, shard in shard_of.items():
     if name not in tensors or tensors[name].path.name != shard:
       raise WeightsError(
-        f"{name}: {index.name} puts it in {shard}, which does not hold it; "
-        "download index and shards of the same version"
+        _at(index, name),
+        f"{shard}, which has no such tensor",
+        "the shard that has it",
+        _SAME_VERSION,
       )
   for name in tensors.keys() - shard_of.keys():
     raise WeightsError(
-      f"{name}: in {tensors[name].path.name}, but not in {index.name}; "
-      "download index and shards of the same version"
+      _at(tensors[name].path, name),
+      f"a tensor that {index.name} does not list",
+      "one that it lists",
+      _SAME_VERSION,
     )
   return tensors
 
 
-def _open_safetensors(path: pathlib.Path) -> dict[str, Stored]:
-  size = path.stat().st_size
-  with open(path, "rb") as f:
-    length = int.from_bytes(f.read(8), "little")
-    header = f.read(length) if 8 + length <= size else b""
-  try:
-    entries = json.loads(header, object_pairs_hook=_unique)
-    entries.pop("__metadata__", None)
-    tensors = {
-      name: _entry(path, 8 + length, entry) for name, entry in entries.items()
-    }
-  except (ValueError, KeyError, TypeError, AttributeError) as e:
+def _at(path: pathlib.Path, name: str) -> str:
+  """Where a tensor is; damaged files have names of megabytes."""
+  return f"{path}: {name[:200]}"
+
+
+def _read_safetensors(path: pathlib.Path, file: BinaryIO) -> dict[str, Stored]:
+  """The tensors that the header lists, which lie side by side to the end."""
+  size = os.fstat(file.fileno()).st_size
+  length = int.from_bytes(file.read(8), "little")
+  most = min(size - 8, _JSON_BYTES)
+  if length > most:
     raise WeightsError(
-      f"{path}: no safetensors header ({' '.join(str(e).split())[:80]}); "
-      f"{_REMEDY}"
-    ) from e
-  end = max((t.offset + t.nbytes for t in tensors.values()), default=0)
-  if end > size:
+      path,
+      f"a header of {length:,} bytes" if size > 8 else f"{size} bytes",
+      f"a safetensors header of at most {max(most, 0):,}",
+      _DOWNLOAD,
+    )
+  where = f"{path}: header"
+  entries = files.parse_json(file.read(length), where, dict, WeightsError)
+  entries.pop("__metadata__", None)
+  tensors = {
+    name: _read_entry(path, 8 + length, name, entry)
+    for name, entry in entries.items()
+  }
+  start = end = 8 + length
+  # Empty tensors come first of those at one place.
+  for name, tensor in sorted(
+    tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)
+  ):
+    if tensor.offset != end:
+      raise WeightsError(
+        _at(path, name),
+        f"data_offsets from {tensor.offset - start:,} on",
+        f"from {end - start:,} on, where the tensor before it ends",
+        _DOWNLOAD,
+      )
+    end += tensor.nbytes
+  if end != size:
     raise WeightsError(
-      f"{path}: cut off, found {size} bytes, its header promises {end}; "
-      f"{_REMEDY}"
+      path, f"{size:,} bytes", f"{end:,}, as its header says", _DOWNLOAD
     )
   return tensors
 
 
-def _entry(path: pathlib.Path, start: int, entry: dict) -> Stored:
-  begin, end = entry["data_offsets"]
-  if entry["dtype"] not in DTYPES:
-    raise ValueError(f"dtype {entry['dtype']} is not one we read")
-  tensor = Stored(
-    path, start + begin, DTYPES[entry["dtype"]], tuple(entry["shape"])
+def _read_entry(
+  path: pathlib.Path, start: int, name: str, entry: Any
+) -> Stored:
+  where = _at(path, name)
+  files.check_kind(entry, where, dict, WeightsError)
+  spelled = files.get_field(entry, "dtype", str, where, WeightsError)
+  shape: list[Any]
+  offsets: list[Any]
+  shape, offsets = (
+    files.get_field(entry, key, list, where, WeightsError)
+    for key in ("shape", "data_offsets")
   )
-  if begin < 0 or tensor.nbytes != end - begin:
-    raise ValueError(f"{end - begin} bytes for shape {tensor.shape}")
-  return tensor
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-  found: dict[str, object] = {}
-  for name, value in pairs:
-    if name in found:
-      raise ValueError(f"{name} twice")
-    found[name] = value
-  return found
+  if spelled not in DTYPES:
+    raise WeightsError(
+      where,
+      f"numbers of type {shorten(spelled)}",
+      "BF16, F16 or F32",
+      "use the model before it was quantised",
+    )
+  if not is_shape(shape) or len(offsets) != 2 or not is_shape(offsets):
+    raise WeightsError(
+      where,
+      f"shape {shorten(shape)} and data_offsets {shorten(offsets)}",
+      "sizes and two places",
+      _DOWNLOAD,
+    )
+  begin, end = offsets
+  dtype = DTYPES[spelled]
+  nbytes = math.prod(shape) * dtype.itemsize
+  if end - begin != nbytes:
+    raise WeightsError(
+      where,
+      f"{end - begin:,} bytes",
+      f"{nbytes:,} for shape {shorten(shape)} and type {spelled}",
+      _DOWNLOAD,
+    )
+  if begin % dtype.itemsize:
+    raise WeightsError(
+      where,
+      f"offset {begin:,}",
+      f"a multiple of {dtype.itemsize}, the size of a number",
+      "save the file again with safetensors",
+    )
+  return Stored(path, start + begin, dtype, tuple(shape))

@@ -4,8 +4,20 @@ import dataclasses
 import math
 import mmap
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+
+_MAX_AXES = 64  # of a numpy array
+_MAX_SIZE = 2**40  # of an axis
+
+
+def is_shape(sizes: Sequence[Any]) -> bool:
+  """Whether they can be the sizes of the axes of an array."""
+  return len(sizes) <= _MAX_AXES and all(
+    type(n) is int and 0 <= n <= _MAX_SIZE for n in sizes
+  )
 
 
 @dataclasses.dataclass(frozen=True)
