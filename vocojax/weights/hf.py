@@ -246,9 +246,12 @@ def find_part(name: str, tensors: Iterable[str]) -> tuple[Part, str] | None:
     if prefix + part.probe in names
   ]
   if len(found) > 1:
-    twice = " and as ".join(prefix + part.probe for part, prefix in found)
+    twice = [prefix + part.probe for part, prefix in found]
     raise WeightsError(
-      f"{twice}: the {name} is there twice, expected one; remove the other"
+      twice[1],
+      f"the {name} once more, besides {twice[0]}",
+      f"one {name}",
+      "remove the other one's tensors",
     )
   return found[0] if found else None
 

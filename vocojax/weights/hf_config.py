@@ -4,7 +4,6 @@ What a published model asks for and ours cannot do is refused with the key.
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -12,7 +11,10 @@ import transformers
 
 from vocojax import config as config_lib
 from vocojax.config import LlamaConfig, ModelConfig, VisionConfig
-from vocojax.errors import WeightsError
+from vocojax.core import files
+from vocojax.errors import ConfigError, WeightsError, shorten
+from vocojax.weights import config_keys
+from vocojax.weights.files import other_format
 from vocojax.weights.hf import Layout
 
 # Towers that LLaVA names and does not describe.
@@ -29,6 +31,8 @@ _CLIP_LARGE = {
   "patch_size": 14,
 }
 _VOCAB_MULTIPLE = 128
+_JSON_BYTES = 2**22  # of a file of settings
+_DOWNLOAD = "download the file again"
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
@@ -38,58 +42,149 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     WeightsError: there is none, or the model is quantised.
   """
   path = folder / "config.json"
-  if not path.is_file():
+  if not path.exists():
+    if other := other_format(folder):
+      raise WeightsError(folder, other[0], "a Hugging Face model", other[1])
     raise WeightsError(
-      f"{path}: no such file; name the folder of a Hugging Face model"
+      path, "no such file", "one", "name the folder of a Hugging Face model"
     )
-  try:
-    values = json.loads(path.read_text())
-  except ValueError as e:
-    raise WeightsError(f"{path}: not JSON ({e}); download it again") from e
-  if "quantization_config" in values:
+  values = files.read_json(path, dict, WeightsError, _JSON_BYTES)
+  if values.get("quantization_config") is not None:
     raise WeightsError(
-      f"{path}: quantization_config, expected plain weights; use the model "
-      "that it was made from"
+      f"{path}: quantization_config",
+      shorten(values["quantization_config"]),
+      "plain weights",
+      "use the model that it was made from",
     )
   return values
 
 
-def layout_of(values: dict[str, Any]) -> Layout | None:
-  """How a config.json lays out a vision-language model; None for an LLM."""
-  if "text_config" in values and values.get("model_type") == "llava":
-    return "llava_hf"
-  return "original" if "mm_projector_type" in values else None
+def layout_of(values: dict[str, Any], where: str) -> Layout | None:
+  """How a config.json lays out a vision-language model; None for an LLM.
+
+  Raises:
+    WeightsError: it is another model, or one with keys that we do not know.
+  """
+  kind = values.get("model_type", "llama")
+  llava = ("llava", "llava_llama")
+  if "mm_projector_type" in values:
+    layout, known, keys = "original", llava, config_keys.LLAVA
+  elif "text_config" in values:
+    layout, known, keys = "llava_hf", llava[:1], config_keys.LLAVA_HF
+  else:
+    layout, known, keys = None, ("llama",), config_keys.LLAMA
+  if layout is None and kind in llava:
+    raise WeightsError(
+      f"{where}: mm_projector_type",
+      "nothing",
+      "'linear' or 'mlp2x_gelu'",
+      "add the projector of this model to its config.json",
+    )
+  if kind not in known:
+    raise WeightsError(
+      f"{where}: model_type",
+      shorten(kind),
+      " or ".join(map(repr, known)),
+      "use a LLaMA, a LLaVA-1.5 or a VoCo-LLaMA",
+    )
+  keys.check(values, where)
+  return layout
+
+
+def text_values(
+  values: dict[str, Any], layout: Layout | None, where: str
+) -> tuple[dict[str, Any], str]:
+  """Settings of the language model in a config.json, and where they are."""
+  if layout != "llava_hf":
+    return values, where
+  text = files.get_field(values, "text_config", dict, where, WeightsError)
+  where = f"{where}: text_config"
+  if text.get("model_type", "llama") != "llama":
+    raise config_keys.unsupported(
+      where, "model_type", text["model_type"], ("llama",)
+    )
+  config_keys.LLAMA.check(text, where)
+  return text, where
+
+
+def tower_folder(
+  values: dict[str, Any], folder: pathlib.Path
+) -> pathlib.Path | None:
+  """The folder of the vision tower inside a model folder, if it has one.
+
+  The name is that of a folder or of a model on a hub. What leads out of the
+  model's folder is not followed.
+  """
+  where = folder / "config.json"
+  name = files.get_field(
+    values, "mm_vision_tower", (str, type(None)), where, WeightsError, None
+  )
+  if not name:
+    return None
+  try:
+    tower = files.path_inside(folder, name, where, WeightsError)
+    return tower if tower.is_dir() else None
+  except (WeightsError, OSError):  # OSError: no file can have such a name
+    return None
 
 
 def vision_values(
   values: dict[str, Any], folder: pathlib.Path
-) -> dict[str, Any] | None:
-  """Settings of the vision tower that a config.json names or describes."""
+) -> tuple[dict[str, Any] | None, str]:
+  """Settings of the tower that a config.json names or describes; and where."""
   if "vision_config" in values:
-    return values["vision_config"]
-  tower = values.get("mm_vision_tower", "")
-  local = folder / tower
-  if tower and (local / "config.json").is_file():
-    return clip_values(local)
-  known = _TOWERS.get(pathlib.PurePath(tower).name)  # of any publisher's disk
-  return known and _CLIP_LARGE | known
+    where = f"{folder / 'config.json'}: vision_config"
+    found = files.check_kind(values["vision_config"], where, dict, WeightsError)
+    return _clip_vision(found, where), where
+  if tower := tower_folder(values, folder):
+    return clip_values(tower)
+  name = pathlib.PurePath(values.get("mm_vision_tower") or "").name
+  known = _TOWERS.get(name)  # of any publisher's disk
+  return known and _CLIP_LARGE | known, str(folder / "config.json")
 
 
-def clip_values(folder: pathlib.Path) -> dict[str, Any]:
-  """Settings of the vision half of a CLIP folder.
+def clip_values(folder: pathlib.Path) -> tuple[dict[str, Any], str]:
+  """Settings of the vision half of a CLIP folder, and where they are.
 
   Raises:
     WeightsError: it is another model.
   """
-  values = read(folder)
-  if values.get("model_type") == "clip":
-    return values.get("vision_config", {})
-  if values.get("model_type") != "clip_vision_model":
+  values, where = read(folder), str(folder / "config.json")
+  kind = values.get("model_type")
+  if kind == "clip_vision_model":
+    return _clip_vision(values, where), where
+  if kind != "clip":
     raise WeightsError(
-      f"{folder / 'config.json'}: model_type {values.get('model_type')!r}, "
-      "expected 'clip' or 'clip_vision_model'; use a CLIP folder such as "
-      "openai/clip-vit-large-patch14-336"
+      f"{where}: model_type",
+      shorten(kind),
+      "'clip' or 'clip_vision_model'",
+      "use a CLIP folder such as openai/clip-vit-large-patch14-336",
     )
+  config_keys.CLIP.check(values, where)
+  vision, older = (
+    files.get_field(values, key, (dict, type(None)), where, WeightsError, None)
+    or {}
+    for key in ("vision_config", "vision_config_dict")
+  )
+  for key in vision.keys() & older.keys():
+    if vision[key] != older[key]:
+      raise WeightsError(
+        f"{where}: vision_config_dict: {key}",
+        shorten(older[key]),
+        f"{shorten(vision[key])}, as in vision_config",
+        "remove the one that is wrong",
+      )
+  where = f"{where}: vision_config"
+  return _clip_vision(older | vision, where), where
+
+
+def _clip_vision(values: dict[str, Any], where: str) -> dict[str, Any]:
+  kind = values.get("model_type", "clip_vision_model")
+  if kind != "clip_vision_model":
+    raise config_keys.unsupported(
+      where, "model_type", kind, ("clip_vision_model",)
+    )
+  config_keys.CLIP_VISION.check(values, where)
   return values
 
 
@@ -102,76 +197,108 @@ def llama(values: dict[str, Any], where: str, vocab_size: int) -> LlamaConfig:
     vocab_size: with `<voco>`.
 
   Raises:
-    WeightsError: it is no LLaMA, or a variant that we cannot represent.
+    WeightsError: it is a variant that we cannot represent.
   """
-  if values.get("model_type", "llama") not in ("llama", "llava", "llava_llama"):
-    if "mm_projector_type" not in values:
-      raise WeightsError(
-        f"{where}: model_type {values['model_type']!r}, expected 'llama'; only "
-        "models of the LLaMA architecture can be converted"
-      )
-  hf = _fill(transformers.LlamaConfig, values | {"model_type": "llama"}, where)
-  for key, expected in (
-    ("hidden_act", "silu"),
-    ("attention_bias", False),
-    ("mlp_bias", False),
-  ):
-    _expect(where, key, getattr(hf, key), expected)
-  rope = dict(hf.rope_parameters or {})
-  kind = rope.pop("rope_type", "default")
-  if kind not in ("default", "llama3"):
-    raise WeightsError(
-      f"{where}: rope type {kind!r}, expected 'default' or 'llama3'; others "
-      "are not supported"
-    )
-  _expect(
-    where, "partial_rotary_factor", rope.pop("partial_rotary_factor", 1.0), 1.0
-  )
-  scaling = {
-    "theta": rope.pop("rope_theta", 10000.0),
-    "scaling": "llama3" if kind == "llama3" else "none",
+  hf = transformers.LlamaConfig()
+  heads = values.get("num_attention_heads", hf.num_attention_heads)
+  width = values.get("hidden_size", hf.hidden_size)
+  own = {
+    "vocab_size": vocab_size,
+    "vocab_multiple": _VOCAB_MULTIPLE,
+    "num_key_value_heads": values.get("num_key_value_heads") or heads,
+    "head_dim": values.get("head_dim") or max(1, width // heads),
+    "rope": _rope(values, where),
+    "tie_word_embeddings": files.get_field(
+      values, "tie_word_embeddings", bool, where, WeightsError, False
+    ),
+  }
+  return _ours(LlamaConfig, hf, values, own, where)
+
+
+# Of a rope; other types of it have other keys.
+_FACTOR = config_keys.Number(float, 1e-3, 1e6)
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
+_LLAMA3 += ("original_max_position_embeddings",)
+_ROPE = config_keys.Keys(
+  dict.fromkeys(_LLAMA3, _FACTOR)
+  | {
+    "original_max_position_embeddings": config_keys.Number(int, 1, 2**40),
+    "rope_theta": config_keys.LLAMA.numbers["rope_theta"],
+  },
+  "",
+  {
+    "partial_rotary_factor": (1.0,),
+    "rope_type": ("default", "llama3"),
+    "type": ("default", "llama3"),
+  },
+  "",
+)
+
+
+def _rope(values: dict[str, Any], where: str) -> dict[str, Any]:
+  """The rotary position embedding, in the spelling of any transformers."""
+  found: dict[str, Any] = {"rope_theta": values.get("rope_theta")}
+  for group in ("rope_parameters", "rope_scaling"):
+    kinds = (dict, type(None))
+    given = files.get_field(values, group, kinds, where, WeightsError, None)
+    inside = f"{where}: {group}"
+    given = dict(given or {})
+    if "type" in given:  # the older name
+      given.setdefault("rope_type", given["type"])
+    _ROPE.check(given, inside)
+    for key, value in given.items():
+      if found.get(key) not in (None, value):
+        raise WeightsError(
+          f"{inside}: {key}",
+          shorten(value),
+          f"{shorten(found[key])}, as elsewhere in the file",
+          "remove the one that is wrong",
+        )
+      found[key] = value
+  rope = {
+    "theta": found["rope_theta"] or 10000.0,
+    "scaling": "none",
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
   }
-  if kind == "llama3":
-    scaling |= rope
-  result = {
-    "vocab_size": vocab_size,
-    "vocab_multiple": _VOCAB_MULTIPLE,
-    "head_dim": hf.head_dim or hf.hidden_size // hf.num_attention_heads,
-    "rope": scaling,
-  }
-  for field in dataclasses.fields(LlamaConfig):
-    if field.name not in result:
-      result[field.name] = getattr(hf, field.name)
-  return config_lib.from_mapping(LlamaConfig, result, where)
+  if found.get("rope_type") == "llama3":
+    rope["scaling"] = "llama3"
+    for key in _LLAMA3:
+      if key not in found:
+        raise WeightsError(
+          f"{where}: {key}", "nothing", "a number", "download the file again"
+        )
+      rope[key] = found[key]
+  return rope
 
 
-def vision(values: dict[str, Any], where: str, layer: Any) -> VisionConfig:
-  """The vision tower; `layer` is the hidden state that is used.
+def vision(
+  values: dict[str, Any], where: str, layer: Any, layer_where: str
+) -> VisionConfig:
+  """The vision tower.
+
+  Args:
+    values: config.json of a CLIP's vision half, or the `vision_config` of
+      another.
+    where: names them in errors.
+    layer: the hidden state that is used; below 0 it counts from the end.
+    layer_where: names that in errors.
 
   Raises:
-    WeightsError: it is no CLIP.
+    WeightsError: it is a variant that we cannot represent.
   """
-  if values.get("model_type", "clip_vision_model") != "clip_vision_model":
+  hf = transformers.CLIPVisionConfig()
+  count = values.get("num_hidden_layers", hf.num_hidden_layers)
+  if type(layer) is not int or not -count - 1 <= layer <= count:
     raise WeightsError(
-      f"{where}: model_type {values['model_type']!r}, expected "
-      "'clip_vision_model'; only CLIP towers can be converted"
+      layer_where,
+      shorten(layer),
+      f"the number of one of {count} layers",
+      "use a model with one; several layers at once are not supported",
     )
-  if not isinstance(layer, int):
-    raise WeightsError(
-      f"{where}: vision_feature_layer {layer!r}, expected one number; several "
-      "layers at once are not supported"
-    )
-  hf = _fill(transformers.CLIPVisionConfig, values, where)
-  _expect(where, "num_channels", hf.num_channels, 3)
-  result = {"feature_layer": layer}
-  for field in dataclasses.fields(VisionConfig):
-    if field.name not in result:
-      result[field.name] = getattr(hf, field.name)
-  return config_lib.from_mapping(VisionConfig, result, where)
+  return _ours(VisionConfig, hf, values, {"feature_layer": layer}, where)
 
 
 def projector(values: dict[str, Any], layout: Layout, where: str) -> str:
@@ -181,51 +308,30 @@ def projector(values: dict[str, Any], layout: Layout, where: str) -> str:
     WeightsError: it is one we do not have.
   """
   if layout == "llava_hf":
-    for key, expected in (
-      ("projector_hidden_act", "gelu"),
-      ("multimodal_projector_bias", True),
-      ("vision_feature_select_strategy", "default"),
-    ):
-      _expect(where, key, values.get(key, expected), expected)
     return "mlp2x_gelu"
-  _expect(
-    where,
-    "mm_vision_select_feature",
-    values.get("mm_vision_select_feature", "patch"),
-    "patch",
-  )
-  _expect(
-    where,
-    "mm_use_im_start_end",
-    values.get("mm_use_im_start_end", False),
-    False,
-  )
-  kind = values["mm_projector_type"]
-  if kind not in ("linear", "mlp2x_gelu"):
-    raise WeightsError(
-      f"{where}: mm_projector_type {kind!r}, expected 'linear' or "
-      "'mlp2x_gelu'; others are not supported"
+  known = ("linear", "mlp2x_gelu")
+  if values["mm_projector_type"] not in known:
+    raise config_keys.unsupported(
+      where, "mm_projector_type", values["mm_projector_type"], known
     )
-  return kind
+  return values["mm_projector_type"]
 
 
-def _fill(cls: type, values: dict[str, Any], where: str):
-  """As transformers reads it: with defaults, older spellings of the rope."""
+def _ours(
+  cls: type, hf: Any, given: dict[str, Any], own: dict[str, Any], where: str
+) -> Any:
+  """Our group of keys: `own`, then those given, then transformers' defaults."""
+  values = dict(own)
+  for key in {field.name for field in dataclasses.fields(cls)} - own.keys():
+    value = given.get(key)
+    values[key] = getattr(hf, key) if value is None else value
   try:
-    return cls.from_dict(values)
-  except Exception as e:  # of many types, and of several lines
+    return config_lib.from_mapping(cls, values, where)
+  except ConfigError as e:
+    key = e.where.rsplit(".", 1)[-1]  # ours are named as theirs
     raise WeightsError(
-      f"{where}: transformers cannot read it ({' '.join(str(e).split())}); "
-      "download it again"
+      f"{where}: {key}", e.got, e.expected, "use another model"
     ) from e
-
-
-def _expect(where: str, key: str, found, expected) -> None:
-  if found != expected:
-    raise WeightsError(
-      f"{where}: {key} is {found!r}, expected {expected!r}; a model with "
-      "another cannot be represented"
-    )
 
 
 def published_llama(

@@ -17,7 +17,8 @@ import transformers
 from vocojax import cli
 from vocojax import config as config_lib
 from vocojax.config import Config, ModelConfig
-from vocojax.errors import WeightsError
+from vocojax.core.files import get_field
+from vocojax.errors import WeightsError, shorten
 from vocojax.models.compressors import StreamTokens
 from vocojax.models.projector import Projector
 from vocojax.models.vlm import VisionLanguageModel
@@ -28,6 +29,11 @@ from vocojax.weights.stored import Stored
 
 _VOCO_DEVIATION = np.float32(0.02)  # as VoCo-LLaMA draws its new rows
 _FLOATS = ("bfloat16", "float16", "float32")
+_SAME_MODEL = "use config and weights of the same model"
+_GUESS = (
+  "a guess: row {} of the embedding, which no token of the tokenizer has, is "
+  "taken for <voco>; if it is not, convert with --compressor=full"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +48,7 @@ class Plan:
     origin: what the way back must know; JSON.
     ignored: tensors left aside, with the reason.
     random: parameters, or parts of them, that are drawn.
+    notes: what a person may want to know of the rest.
   """
 
   source: Source
@@ -51,6 +58,7 @@ class Plan:
   origin: dict[str, Any]
   ignored: tuple[tuple[str, str], ...]
   random: tuple[str, ...]
+  notes: tuple[str, ...] = ()
 
   @property
   def model(self) -> ModelConfig:
@@ -66,13 +74,12 @@ def make_plan(request: Request) -> Plan:
 
   Raises:
     WeightsError: files, names, shapes or the model itself do not fit.
-    DataError: the tokenizer cannot be read.
   """
   source = Source(request)
   llm = source.require("llm")
   embedding_name = llm.prefix + llm.part.probe
   embedding = llm.tensors[embedding_name]
-  words = _vocabulary(source, embedding_name, embedding)
+  words = _vocabulary(source, request, embedding_name, embedding)
   found = {
     "llm": llm,
     "vision": source.require("vision"),
@@ -92,7 +99,12 @@ def make_plan(request: Request) -> Plan:
   ignored = _leftovers(source, reader, model, embedding)
   missing = reader.shapes.keys() - {leaf.path for leaf in read}
   if missing:
-    raise WeightsError(f"{source.folder}: nothing gives {sorted(missing)[0]}")
+    raise WeightsError(
+      source.folder,
+      f"nothing for our parameter {sorted(missing)[0]}",
+      "tensors for all of them",
+      "use the complete model",
+    )
   has_voco = words.source_voco is not None
   config = _config(request, model, source, has_voco, read)
   text = source.text_values
@@ -111,32 +123,47 @@ def make_plan(request: Request) -> Plan:
     origin,
     tuple(ignored),
     tuple(reader.random),
+    (_GUESS.format(words.source_voco),) if words.voco_is_guessed else (),
   )
 
 
-def _vocabulary(source, name, embedding) -> vocabulary.Vocabulary:
+def _vocabulary(source, request, name, embedding) -> vocabulary.Vocabulary:
+  if len(embedding.shape) != 2:
+    raise WeightsError(
+      f"{source.folder}: {name}",
+      f"shape {shorten(embedding.shape)}",
+      "rows of numbers, one for each token",
+      "use the complete model",
+    )
   rows, said = embedding.shape[0], source.text_values.get("vocab_size")
   if said not in (None, rows):
     raise WeightsError(
-      f"{name}: {rows} rows, vocab_size in {source.where} is {said}; use "
-      "config and weights of the same model"
+      f"{source.text_where}: vocab_size",
+      shorten(said),
+      f"{rows}, the rows of {name}",
+      _SAME_MODEL,
     )
   image_token_id = None
   if source.layout == "llava_hf":
-    image_token_id = source.values.get(
-      "image_token_index", source.values.get("image_token_id")
-    )
-    if not isinstance(image_token_id, int):
+    ids = {
+      source.values.get(key) for key in ("image_token_index", "image_token_id")
+    } - {None}
+    image_token_id = ids.pop() if len(ids) == 1 else None
+    if image_token_id is None:
       raise WeightsError(
-        f"{source.where}: no image_token_index, expected the id of <image>; "
-        "use the config.json of the model"
+        f"{source.where}: image_token_index",
+        "another than image_token_id" if ids else "nothing",
+        "the id of <image>",
+        "use the config.json of the model",
       )
   return vocabulary.read(
     source.folder,
     rows,
     name,
     image_token_id,
-    last_row_is_voco=source.layout == "original",
+    last_row_is_voco=source.layout == "original"
+    and request.compressor != "full"
+    and not source.values.get("mm_use_im_patch_token"),
   )
 
 
@@ -145,26 +172,28 @@ def _model(source, request, words, found) -> ModelConfig:
   values, where = source.values, source.where
   if source.vision_values is None:
     raise WeightsError(
-      f"{where}: mm_vision_tower {values.get('mm_vision_tower')!r} is not a "
-      "tower we know, so its shape is unknown; name its folder, or put its "
-      "config.json values under 'vision_config'"
+      f"{where}: mm_vision_tower",
+      shorten(values.get("mm_vision_tower")),
+      "a tower of known shape",
+      "put what its config.json says under 'vision_config' in this one",
     )
-  llm = hf_config.llama(source.text_values, where, words.size)
-  tied = llm.tie_word_embeddings or bool(values.get("tie_word_embeddings"))
+  llm = hf_config.llama(source.text_values, source.text_where, words.size)
+  tied = llm.tie_word_embeddings or get_field(
+    values, "tie_word_embeddings", bool, where, WeightsError, False
+  )
   llm = dataclasses.replace(
     llm,
     tie_word_embeddings=tied,
     vocab_multiple=words.multiple(llm.vocab_multiple),
   )
+  key = "vision_feature_layer"
+  if source.layout == "original":
+    key = "mm_vision_select_layer"
   if source.layout is None:
-    layer, projector = -2, "mlp2x_gelu"
+    projector = "mlp2x_gelu"
     if found["projector"] and len(found["projector"].part.rules) == 2:
       projector = "linear"
   else:
-    key = "vision_feature_layer"
-    if source.layout == "original":
-      key = "mm_vision_select_layer"
-    layer = values.get(key, -2)
     projector = hf_config.projector(values, source.layout, where)
   compressor = request.compressor
   if not compressor:
@@ -174,7 +203,12 @@ def _model(source, request, words, found) -> ModelConfig:
   common |= {
     "llm": dataclasses.asdict(llm),
     "vision": dataclasses.asdict(
-      hf_config.vision(source.vision_values, where, layer)
+      hf_config.vision(
+        source.vision_values,
+        source.vision_where,
+        values.get(key, -2),
+        f"{where}: {key}",
+      )
     ),
     "projector": projector,
     "compressor": common["compressor"]
@@ -188,20 +222,20 @@ def _common() -> dict[str, Any]:
   return config_lib.load_module(str(cli.CONFIG_FOLDER / "common.py")).to_dict()
 
 
+def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """The shape of each parameter of a model, by its path."""
+  tokens = StreamTokens((0,), (), 0)  # of no influence on shapes
+  init = VisionLanguageModel(model, tokens).init
+  abstract = state.flatten(jax.eval_shape(init, jax.random.key(0)))
+  return {path: tuple(x.shape) for path, x in abstract.items()}
+
+
 class _Reader:
   """Makes leaves, remembers which tensors they use."""
 
   def __init__(self, model, words: vocabulary.Vocabulary, request: Request):
     self.model, self._words, self._request = model, words, request
-    tokens = StreamTokens((0,), (), 0)  # of no influence on shapes
-    self.shapes = {
-      path: tuple(x.shape)
-      for path, x in state.flatten(
-        jax.eval_shape(
-          VisionLanguageModel(model, tokens).init, jax.random.key(0)
-        )
-      ).items()
-    }
+    self.shapes = parameter_shapes(model)
     self.used: set[tuple[str, str]] = set()  # (file or folder, name)
     self.random: list[str] = []
 
@@ -210,8 +244,10 @@ class _Reader:
     for rule in found.part.rules:
       if rule.path not in self.shapes:
         raise WeightsError(
-          f"{found.prefix}{rule.name}: the config has no such parameter; use "
-          "config and weights of the same model"
+          f"{found.where}: {found.prefix}{rule.name}",
+          "a tensor that the config has no place for",
+          "those of the config",
+          _SAME_MODEL,
         )
       shape = self.shapes[rule.path]
       layers = shape[0] if rule.stacked else 1
@@ -240,17 +276,24 @@ class _Reader:
 
   def _tensor(self, found: Found, name: str, expected) -> Stored:
     tensor = found.tensors.get(name)
+    where = f"{found.where}: {name}"
     if tensor is None:
-      raise WeightsError(f"{name}: not in {found.where}; use a complete model")
+      raise WeightsError(
+        where, "no such tensor", "one by the config", "use the complete model"
+      )
     if tensor.shape != expected:
       raise WeightsError(
-        f"{name}: has shape {tensor.shape}, expected {expected} by the config; "
-        f"use parts that fit ({found.where})"
+        where,
+        f"shape {shorten(tensor.shape)}",
+        f"{expected} by the config",
+        "use parts that belong together",
       )
     if tensor.dtype.name not in _FLOATS:
       raise WeightsError(
-        f"{name}: {tensor.dtype.name}, expected one of {', '.join(_FLOATS)}; "
-        "use plain weights"
+        where,
+        f"numbers of type {tensor.dtype.name}",
+        " or ".join(_FLOATS),
+        "use the model as it was published in one of them",
       )
     self.used.add((found.where, name))
     return tensor
@@ -296,14 +339,18 @@ def _leftovers(source, reader, model, embedding):
       if why is None and _is_tied_head(name, model):
         if not _same(tensors[name], embedding):
           raise WeightsError(
-            f"{name}: differs from the embedding, though {source.where} says "
-            "tie_word_embeddings; set it to false there if they are apart"
+            f"{where}: {name}",
+            "other values than the embedding's",
+            f"the same, by tie_word_embeddings in {source.where}",
+            "set that key to false if the two are apart",
           )
         why = "the same as the embedding"
       if why is None:
         raise WeightsError(
-          f"{name}: in {where}, and no part of the model that its config "
-          "describes; use config and weights of the same model"
+          f"{where}: {name}",
+          "a tensor that the config has no place for",
+          "those of the config",
+          _SAME_MODEL,
         )
       yield name, why
 
@@ -339,11 +386,7 @@ def _config(request, model, source, has_voco, read) -> Config:
     # The released VoCo-LLaMA was trained without newlines.
     "strip_newlines": "original" if has_voco else "none",
   }
-  # HF's processor of llava-hf crops; LLaVA pads.
-  aspect = source.values.get("image_aspect_ratio", "pad")
-  values["data"]["pad_to_square"] = (
-    source.layout != "llava_hf" and aspect == "pad"
-  )
+  values["data"]["pad_to_square"] = source.pads(model.vision.image_size)
   values["training"]["epochs"] = 1.0
   for key in ("phases", "phase"):
     del values[key]

@@ -17,7 +17,7 @@ def describe_into(plan: into.Plan) -> str:
     lines += ["", "Left aside:", *_table(plan.ignored)]
   if plan.random:
     lines += ["", "Drawn at random:", *plan.random]
-  return "\n".join([*lines, "", summary_into(plan)])
+  return "\n".join([*lines, "", summary_into(plan), *plan.notes])
 
 
 def summary_into(plan: into.Plan) -> str:

@@ -11,18 +11,19 @@ its text tokens is taken as it is.
 import dataclasses
 import json
 import pathlib
-import shutil
 import tempfile
 from collections.abc import Set
 from typing import Any
 
 import transformers
 
+from vocojax.core import files
 from vocojax.data.tokenizer import VOCO_TOKEN, load_tokenizer
-from vocojax.errors import DataError, WeightsError
+from vocojax.errors import DataError, WeightsError, shorten
 from vocojax.weights.leaves import Move
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
+_BYTES = 2**27  # of a file; those of large vocabularies have tens of MB
 _FILES = ("tokenizer*", "added_tokens.json", "special_tokens_map.json")
 
 
@@ -34,11 +35,13 @@ class Vocabulary:
     tokenizer: ours, `<voco>` included.
     num_rows: rows of the source's embedding, R.
     source_voco: which of them is that of `<voco>`, if any.
+    voco_is_guessed: whether no token says so.
   """
 
   tokenizer: transformers.PreTrainedTokenizerFast
   num_rows: int
   source_voco: int | None
+  voco_is_guessed: bool = False
 
   @property
   def size(self) -> int:
@@ -89,12 +92,12 @@ def read(
       `<voco>`, the tokenizer being from before it was added.
 
   Raises:
-    WeightsError: embedding and tokenizer do not fit.
-    DataError: the tokenizer cannot be read.
+    WeightsError: embedding and tokenizer do not fit, or the tokenizer cannot
+      be read.
   """
   tokenizer = _load_apart(folder)
   has_voco = any(
-    f'"{VOCO_TOKEN}"' in path.read_text()
+    f'"{VOCO_TOKEN}"' in files.read_text(path, WeightsError, _BYTES)
     for path in _tokenizer_files(folder)
     if path.suffix == ".json"
   )
@@ -102,8 +105,10 @@ def read(
   tokens = {i: token for token, i in vocabulary.items()}
   if len(tokens) != max(tokens) + 1:
     raise WeightsError(
-      f"{folder}: the tokenizer has {len(tokens)} tokens with ids up to "
-      f"{max(tokens)}, expected no gaps; use a tokenizer without"
+      f"{folder}: tokenizer",
+      f"{len(tokens)} tokens with ids up to {max(tokens)}",
+      "ids without gaps",
+      "use the tokenizer that the model was trained with",
     )
   drop = {VOCO_TOKEN}
   if image_token_id is not None:
@@ -112,27 +117,32 @@ def read(
   while tokens[n - 1] in drop:
     n -= 1
   if image_token_id is not None and image_token_id < n:
+    token = shorten(tokens[image_token_id])
     raise WeightsError(
-      f"{folder}: id {image_token_id} of the images is that of the token "
-      f"{tokens[image_token_id]!r}, with text tokens up to {n - 1}; expected "
-      "it after them"
+      f"{folder}: image_token_index",
+      f"{image_token_id}, the id of the token {token}",
+      f"one above {n - 1}, the last of the text tokens",
+      "use config.json and tokenizer of the same model",
     )
   voco = vocabulary[VOCO_TOKEN]
   source_voco = voco if has_voco else None
-  if last_row_is_voco and not has_voco and num_rows == n + 1:
+  guessed = last_row_is_voco and not has_voco and num_rows == n + 1
+  if guessed:
     source_voco = n
   expected = max(n, -1 if source_voco is None else source_voco + 1)
   if num_rows < expected:
     raise WeightsError(
-      f"{where}: {num_rows} rows, the tokenizer of {folder} has {expected} "
-      "tokens; use the tokenizer that the model was trained with"
+      f"{folder}: tokenizer",
+      f"{expected} tokens",
+      f"at most {num_rows}, the rows of {where}",
+      "use the tokenizer that the model was trained with",
     )
   dropped = {tokens[i] for i in range(n, len(tokens))}
-  return Vocabulary(without(tokenizer, dropped), num_rows, source_voco)
+  return Vocabulary(without(tokenizer, dropped), num_rows, source_voco, guessed)
 
 
 def _tokenizer_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  return [p for name in _FILES for p in folder.glob(name) if p.is_file()]
+  return [p for name in _FILES for p in folder.glob(name) if not p.is_dir()]
 
 
 def _load_apart(folder: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
@@ -143,11 +153,21 @@ def _load_apart(folder: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
   """
   with tempfile.TemporaryDirectory() as temporary:
     for path in _tokenizer_files(folder):
-      shutil.copy(path, temporary)
+      content = files.read_bytes(path, WeightsError, _BYTES)
+      if path.suffix == ".json":
+        text = files.decode(content, path, WeightsError)
+        files.parse_json(text, path, dict, WeightsError)
+        content = text.encode()  # without a byte-order mark
+      pathlib.Path(temporary, path.name).write_bytes(content)
     try:
       return load_tokenizer(temporary)
     except DataError as e:
-      raise DataError(str(e).replace(temporary, str(folder))) from e
+      raise WeightsError(
+        f"{folder}: tokenizer",
+        e.got or "files that cannot be read",
+        e.expected or "those of a Hugging Face tokenizer",
+        "copy the tokenizer's files of the model into this folder",
+      ) from e
 
 
 def without(
