@@ -5,6 +5,7 @@ Read next: `weights/published.py`.
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from tests import runs
 from tests.weights import published
 from vocojax.errors import WeightsError
 from vocojax.training import checkpoint
-from vocojax.weights import check, into
+from vocojax.weights import check, into, stream
 from vocojax.weights.source import Request
 
 
@@ -80,8 +81,10 @@ def test_there_and_back_with_check(program, models, tmp_path):
   values = np.fromfile(chunk, np.uint8)
   values[1] ^= 0x80  # the sign of the first
   values.tofile(chunk)
-  with pytest.raises(WeightsError, match="logits differ from those of"):
+  with pytest.raises(WeightsError) as e:
     check.compare(into.make_plan(Request(source=str(source))), str(out))
+  assert e.value.where == str(out)
+  assert e.value.got.startswith(f"logits that differ from those of {source}")
 
 
 def test_llava_hf(program, models, tmp_path):
@@ -122,34 +125,67 @@ _PARTS = ("--llm=MODELS/parts/llm", "--vision=MODELS/parts/clip")
 
 
 @pytest.mark.parametrize(
-  "arguments, message",
+  "arguments, where, got",
   [
-    ([], "--source, --llm: expected one of them"),
-    (["--source=a", "--llm=b"], "--source, --llm: expected one of them"),
-    (["--source=nowhere", "--out=x"], "nowhere: no such folder"),
-    (["--source=MODELS/llava_hf"], "--out: missing"),
-    (["--source=x", "--to=original", "--llm=y"], "--source, --llm"),
+    ([], "--source, --llm", "neither"),
+    (["--source=a", "--llm=b"], "--source, --llm", "both"),
+    (["--source=nowhere", "--out=x"], "--source=nowhere", "no such folder"),
+    (["--source=~nosuchuser", "--out=x"], "~nosuchuser", "a user that does"),
+    (
+      ["--source=MODELS/llava_hf", "--out=~nosuchuser"],
+      "~nosuchuser",
+      "a user",
+    ),
+    (["--source=MODELS/llava_hf"], "--out", "nothing"),
+    (["--source=x", "--to=original", "--llm=y"], "--source, --llm", "both"),
     (
       ["--source=x", "--to=original", "--out=y", "--vision=z"],
-      "--vision: says nothing with --to",
+      "--vision",
+      "'z' with --to",
     ),
     (
       [*_PARTS, "--out=x", "--check"],
-      "--check: projector/linear_1/bias is drawn at random",
+      "--check",
+      "projector/linear_1/bias, which is drawn at random",
     ),
     (
-      ["--source=MODELS/llava_hf", "--to=original", "--out=x"],
-      "no folder 'checkpoints' in it",
+      ["--source=MODELS/llava_hf", "--out=MODELS/taken"],
+      "MODELS/taken/checkpoints",
+      "a path that exists",
     ),
-    (["--source=MODELS/llava_hf", "--out=MODELS/taken"], "exists; choose"),
+    (
+      ["--source=MODELS/llava_hf", "--out=/dev/null/x"],
+      "/dev/null/x",
+      "Not a d",
+    ),
+    (["--source=MODELS/llava_hf", "--out=/proc/x"], "/proc/x", "No such file"),
   ],
 )
-def test_mistakes(program, models, arguments, message):
-  (models / "taken" / "checkpoints").mkdir(parents=True, exist_ok=True)
+def test_mistakes(program, models, arguments, where, got):
+  (models / "taken" / "checkpoints" / "0").mkdir(parents=True, exist_ok=True)
   arguments = [a.replace("MODELS", str(models)) for a in arguments]
   status, _, err = program.run(*arguments)
   assert status == 2
-  assert message in one_line(err)
+  where = where.replace("MODELS", str(models))
+  assert one_line(err).startswith(f"error: {where}: got {got}")
+
+
+def test_source_that_is_no_checkpoint(program, models):
+  source = models / "llava_hf"
+  status, _, err = program.run(f"--source={source}", "--to=original", "--out=x")
+  assert status == 2
+  assert str(source) in one_line(err) and "checkpoints" in err
+
+
+def test_guess(program, models, tmp_path):
+  """A spare row that is taken for <voco> is called a guess."""
+  source = shutil.copytree(models / "original", tmp_path / "source")
+  published.tokenizer().save_pretrained(source)
+  status, text, err = program.run(f"--source={source}", f"--out={tmp_path}/out")
+  assert (status, err) == (0, "")
+  first, second = text.splitlines()
+  assert first.startswith(f"{tmp_path}/out: 80 tensors")
+  assert second.startswith("a guess: row 29 of the embedding")
 
 
 @pytest.fixture(scope="module")
@@ -179,38 +215,117 @@ def big(tmp_path_factory):
   return folder
 
 
-def wait_for_chunks(process, folder):
-  """Until the conversion is in the middle of its work."""
-  while not list(folder.glob("*.incomplete-*/params/llm.layers.mlp.*/0.*")):
+@pytest.fixture(scope="module")
+def big_checkpoint(big, tmp_path_factory):
+  """The same as a checkpoint; chunks that are not there are zeros, too."""
+  folder = tmp_path_factory.mktemp("big_checkpoint")
+  step = folder / "checkpoints" / "0"
+  step.mkdir(parents=True)
+  stream._write_metadata(into.make_plan(Request(source=str(big))), step)
+  return folder
+
+
+@pytest.fixture(params=["in", "out"])
+def way(request, big, big_checkpoint):
+  """Arguments of a conversion, and files that are there in its middle."""
+  if request.param == "in":
+    return [f"--source={big}"], "params/llm.layers.mlp.*/0.*"
+  flags = [f"--source={big_checkpoint}", "--to=llava_hf"]
+  return flags, "model.safetensors"
+
+
+def start(way, out):
+  """A conversion that is in the middle of its work."""
+  flags, files = way
+  with runs.interruptible():
+    process = runs.start("vocojax.convert", *flags, f"--out={out}")
+  while not list(out.parent.glob(f"{out.name}.incomplete-*/{files}")):
     assert process.poll() is None, process.communicate()
     time.sleep(0.01)
+  return process
 
 
-def test_ctrl_c(big, tmp_path):
+@pytest.mark.parametrize(
+  "number, status, why",
+  [
+    (signal.SIGINT, 130, "interrupted"),
+    (signal.SIGTERM, 143, "stopped by SIGTERM"),
+  ],
+)
+def test_signal(way, tmp_path, number, status, why):
+  out = tmp_path / "out"
+  process = start(way, out)
+  process.send_signal(number)
+  text, err = process.communicate(timeout=60)
+  assert (process.returncode, text) == (status, "")
+  assert one_line(err) == f"error: {why}; nothing of {out} is left\n"
+  assert left(tmp_path) == []
+
+
+def test_signal_while_metadata_are_written(big, tmp_path):
+  """Orbax runs threads of its own then."""
   with runs.interruptible():
     process = runs.start(
       "vocojax.convert", f"--source={big}", f"--out={tmp_path / 'out'}"
     )
-  wait_for_chunks(process, tmp_path)
-  process.send_signal(signal.SIGINT)
+  while not list(tmp_path.glob("*.incomplete-*/params*")):
+    assert process.poll() is None, process.communicate()
+  process.terminate()
   _, err = process.communicate(timeout=60)
-  assert process.returncode == 130
-  assert "error: interrupted; nothing of " in one_line(err)
+  assert process.returncode == 143
+  assert "error: stopped by SIGTERM; nothing of" in one_line(err)
   assert left(tmp_path) == []
 
 
-def test_killed(big, tmp_path):
-  """What a kill leaves says that it is incomplete, and is no checkpoint."""
-  process = runs.start(
-    "vocojax.convert", f"--source={big}", f"--out={tmp_path / 'out'}"
-  )
-  wait_for_chunks(process, tmp_path)
+def test_killed(program, models, way, tmp_path):
+  """What a kill leaves is no checkpoint, and the next run removes it."""
+  out = tmp_path / "out"
+  process = start(way, out)
   process.kill()
   process.communicate()
   (name,) = left(tmp_path)
   assert name == f"out.incomplete-{process.pid}"
-  with pytest.raises(checkpoint.CheckpointError, match="no folder 'checkp"):
+  with pytest.raises(checkpoint.CheckpointError):
     checkpoint.find(str(tmp_path / name))
+
+  status, _, err = program.run(
+    f"--source={models / 'llava_hf'}", f"--out={out}"
+  )
+  assert status == 0
+  assert err == (
+    f"{tmp_path / name}: removed, as the process that wrote it is dead\n"
+  )
+  assert left(tmp_path) == ["out"]
+  assert checkpoint.load(str(out)).step == 0
+
+
+def test_what_others_may_still_write(program, models, big, tmp_path):
+  """A process that lives, and one of another machine."""
+  out = tmp_path / "out"
+  process = start(([f"--source={big}"], "params/llm.layers.mlp.*/0.*"), out)
+  process.send_signal(signal.SIGSTOP)
+  mine = f"out.incomplete-{process.pid}"
+  source = f"--source={models / 'llava_hf'}"
+  status, _, err = program.run(source, f"--out={out}")
+  assert status == 0
+  assert err.startswith(f"{tmp_path / mine}: left as it is")
+  assert left(tmp_path) == ["out", mine]
+  process.kill()
+  process.communicate()
+
+  # It is dead; but one of the same number may live elsewhere.
+  writer = tmp_path / mine / ".writer"
+  host = writer.read_text()
+  writer.write_text(f"not-{host}")
+  shutil.rmtree(out)
+  status, _, err = program.run(source, f"--out={out}")
+  assert (status, left(tmp_path)) == (0, ["out", mine])
+  assert err.startswith(f"{tmp_path / mine}: left as it is")
+
+  writer.write_text(host)
+  shutil.rmtree(out)
+  status, _, err = program.run(source, f"--out={out}")
+  assert (status, left(tmp_path)) == (0, ["out"])
 
 
 def test_full_disk(big, tmp_path):
@@ -224,7 +339,7 @@ def test_full_disk(big, tmp_path):
     text=True,
   )
   assert done.returncode == 2
-  assert "/out: cannot be written (File too large); nothing of " in one_line(
-    done.stderr
+  assert one_line(done.stderr).startswith(
+    f"error: {tmp_path / 'out'}: got File too large, expected room to write"
   )
   assert left(tmp_path) == []

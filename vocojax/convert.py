@@ -11,6 +11,7 @@ config.init_from. `--to` is the way out. Read next: weights/hf.py.
 """
 
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import cast
 
@@ -18,9 +19,19 @@ import transformers
 from absl import flags, logging
 
 from vocojax import cli
+from vocojax.core import files
 from vocojax.data import prompt
 from vocojax.errors import UserError
-from vocojax.weights import check, hf, into, out_of, plans, stream, write_out
+from vocojax.weights import (
+  check,
+  hf,
+  incomplete,
+  into,
+  out_of,
+  plans,
+  stream,
+  write_out,
+)
 from vocojax.weights.source import Request
 
 _SOURCE = flags.DEFINE_string(
@@ -77,17 +88,31 @@ _CHECK = flags.DEFINE_bool(
 )
 
 
-def main() -> None:
+def main() -> int:
+  try:
+    with incomplete.terminable():
+      _main()
+  except incomplete.Terminated as e:
+    print(f"error: {e}", file=sys.stderr)
+    return incomplete.STOPPED
+  return 0
+
+
+def _main() -> None:
   logging.set_verbosity(logging.ERROR)
   transformers.logging.set_verbosity_error()  # its guesses about config.json
   if bool(_SOURCE.value) == bool(_LLM.value):
     raise UserError(
-      "--source, --llm: expected one of them, the folder of a whole model or "
-      "of a language model; --help lists all flags"
+      "--source, --llm",
+      "both" if _LLM.value else "neither",
+      "one: the folder of a whole model or that of a language model",
+      "give one of them; --help lists all flags",
     )
   if not (_OUT.value or _DRY_RUN.value):
-    raise UserError("--out: missing; name a folder, or use --dry_run")
-  out = pathlib.Path(_OUT.value).expanduser()
+    raise UserError(
+      "--out", "nothing", "a folder", "name one, or use --dry_run"
+    )
+  out = files.expand_user(_OUT.value, UserError)
   if _TO.value:
     _convert_out(out)
   else:
@@ -102,6 +127,8 @@ def _convert_in(out: pathlib.Path) -> None:
   _prepare_check(plan.random)
   stream.write_checkpoint(plan, out)
   print(f"{out}: {plans.summary_into(plan)}")
+  for note in plan.notes:
+    print(note)
   if _CHECK.value:
     _check(plan, str(out))
 
@@ -110,8 +137,10 @@ def _convert_out(out: pathlib.Path) -> None:
   for flag in (_LLM, _VISION, _PROJECTOR, _COMPRESSOR, _LAYOUT):
     if flag.value:
       raise UserError(
-        f"--{flag.name}: says nothing with --to, which takes all from the "
-        "checkpoint; leave it out"
+        f"--{flag.name}",
+        f"{flag.value!r} with --to",
+        "nothing, since the checkpoint says it all",
+        "leave it out",
       )
   layout = cast(hf.Layout, _TO.value)
   plan = out_of.make_plan(_SOURCE.value, layout, _DTYPE.value or "")
@@ -133,8 +162,10 @@ def _prepare_check(random: Sequence[str]) -> None:
   check.require_torch()
   if drawn := [name for name in random if name.startswith("projector")]:
     raise UserError(
-      f"--check: {drawn[0]} is drawn at random, so there is nothing to compare "
-      "with; name a --projector or leave --check out"
+      "--check",
+      f"{drawn[0]}, which is drawn at random",
+      "published weights to compare with",
+      "name a --projector or leave --check out",
     )
 
 

@@ -37,8 +37,10 @@ def require_torch() -> None:
   """Raises a WeightsError where there is no torch."""
   if importlib.util.find_spec("torch") is None:
     raise WeightsError(
-      "--check: torch is not installed, and it runs the model to compare with; "
-      "leave --check out or `pip install torch`"
+      "--check",
+      "no torch",
+      "torch, which runs the model to compare with",
+      "leave --check out or `pip install torch`",
     )
 
 
@@ -82,9 +84,11 @@ def compare(plan: into.Plan, path: str) -> float:
   error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
   if not error <= TOLERANCE:
     raise WeightsError(
-      f"{path}: logits differ from those of {plan.source.folder} by "
-      f"{error:.1e} of the largest, expected at most {TOLERANCE:.0e}; please "
-      "report it"
+      path,
+      f"logits that differ from those of {plan.source.folder} by {error:.1e} "
+      "of the largest",
+      f"at most {TOLERANCE:.0e}",
+      "report it, with both models",
     )
   return error
 
@@ -133,8 +137,10 @@ def _reference(plan: into.Plan, model, text, image, voco_row) -> np.ndarray:
     if done.returncode:
       last = (done.stderr.strip().splitlines() or ["killed"])[-1]
       raise WeightsError(
-        f"--check: torch could not run {source.folder} ({last[:200]}); it "
-        "needs memory for the whole model in float32"
+        f"--check: {source.folder} in torch",
+        last[:200],
+        "logits",
+        "give it memory for the whole model in float32, or leave --check out",
       )
     return np.load(folder / "logits.npy")
 

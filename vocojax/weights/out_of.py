@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,10 +12,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from vocojax.config import ModelConfig
+from vocojax.core.files import get_field
 from vocojax.data.tokenizer import VOCO_TOKEN
-from vocojax.errors import WeightsError
+from vocojax.errors import CheckpointError, WeightsError, shorten
 from vocojax.training import checkpoint, state
-from vocojax.weights import hf, stream
+from vocojax.weights import config_keys, hf, into, stream
 
 _ROWS_MULTIPLE = 64  # of llava-hf's vocabulary
 
@@ -95,37 +97,95 @@ def make_plan(path: str, layout: hf.Layout, dtype: str = "") -> Plan:
   model, where = loaded.config.model, loaded.path
   if model.compressor.name in ("avgpool", "qformer"):
     raise WeightsError(
-      f"{where}: compressor {model.compressor.name!r} has weights of its own, "
-      "expected 'voco' or 'full'; no published layout has a place for them"
+      f"{where}: compressor",
+      f"{model.compressor.name!r}, whose weights no published layout has",
+      "'voco', 'voco_causal' or 'full'",
+      "convert a checkpoint with one of them",
     )
   if layout == "llava_hf" and model.projector != "mlp2x_gelu":
     raise WeightsError(
-      f"{where}: projector {model.projector!r}, llava-hf only has "
-      "'mlp2x_gelu'; use --to=original"
+      f"{where}: projector",
+      repr(model.projector),
+      "'mlp2x_gelu', the only one of llava-hf",
+      "use --to=original",
     )
-  origin = {}
-  if (where / stream.ORIGIN).is_dir():
-    origin = checkpoint.read_json(where, stream.ORIGIN)
+  saved = _saved(where, into.parameter_shapes(model))
+  num_rows = saved["llm/embed_tokens/embedding"].shape[0]
+  origin = _origin(where, num_rows)
   rows = _rows(loaded, layout, origin)
-  saved = state.flatten(
-    ocp.StandardCheckpointHandler().metadata(epath.Path(where) / "params").tree
-  )
-  tensors = tuple(_tensors(model, layout, rows, saved, dtype, where))
+  if max(rows.source) >= num_rows:
+    raise WeightsError(
+      f"{where}: {stream.ORIGIN}",
+      f"a place of <voco> in row {max(rows.source)}",
+      f"one of the {num_rows} rows of the embedding",
+      "convert the source again",
+    )
+  tensors = tuple(_tensors(model, layout, rows, saved, dtype))
   unused = saved.keys() - {t.path for t in tensors}
   if unused:
     raise WeightsError(
-      f"{where}: {sorted(unused)[0]} has no place in the layout {layout}"
+      f"{where}: {sorted(unused)[0]}",
+      f"a parameter without a place in the layout {layout}",
+      "those of a whole model alone",
+      "use a checkpoint of a model without it",
     )
   return Plan(loaded, layout, tensors, rows, origin)
 
 
-def _tensors(model, layout, rows, saved, dtype, where) -> Iterator[Published]:
+def _saved(where: pathlib.Path, shapes: dict[str, tuple]) -> dict[str, Any]:
+  """Metadata of the parameters, all of which the config must ask for."""
+  try:
+    handler = ocp.StandardCheckpointHandler()
+    tree = handler.metadata(epath.Path(where) / "params").tree
+    saved = state.flatten(tree)
+  except (OSError, ValueError, KeyError) as e:
+    raise CheckpointError(
+      f"{where}: params",
+      shorten(str(e), 200),
+      "the parameters of a model",
+      "use another step, or copy this one again",
+    ) from e
+  for path, shape in shapes.items():
+    found = tuple(saved[path].shape) if path in saved else "nothing"
+    if found != shape:
+      raise CheckpointError(
+        f"{where}: {path}",
+        str(found),
+        f"{shape} by its config",
+        "use a checkpoint of a whole model",
+      )
+  return saved
+
+
+def _origin(where: pathlib.Path, num_rows: int) -> dict[str, Any]:
+  """What the converter stored of the source; {} where it did not write."""
+  if not (where / stream.ORIGIN).is_dir():
+    return {}
+  values = checkpoint.read_json(where, stream.ORIGIN)
+  where = where / stream.ORIGIN
+  keys = config_keys.Keys(
+    {
+      "num_rows": config_keys.Number(int, 1, num_rows),
+      "voco_row": config_keys.Number(int, 0, num_rows, optional=True),
+      "max_position_embeddings": config_keys.Number(
+        int, 1, 2**40, optional=True
+      ),
+    },
+    "layout vision_tower",
+    {},
+    "",
+  )
+  keys.check(values, str(where))
+  for key in ("num_rows", "voco_row"):
+    get_field(values, key, object, where, WeightsError)
+  for key in ("layout", "vision_tower"):
+    get_field(values, key, (str, type(None)), where, WeightsError)
+  return values
+
+
+def _tensors(model, layout, rows, saved, dtype) -> Iterator[Published]:
   for part, prefix in hf.written_parts(layout, model):
     for rule in part.rules:
-      if rule.path not in saved:
-        raise WeightsError(
-          f"{where}: lacks {rule.path}; use a checkpoint of a whole model"
-        )
       ours = saved[rule.path]
       shape = rule.published_shape(tuple(ours.shape), model)
       if rule.vocabulary:

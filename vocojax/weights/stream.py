@@ -8,15 +8,12 @@ not compressed, since weights hardly shrink. Read next: `into.py`.
 
 import collections
 import concurrent.futures
-import contextlib
+import errno
 import functools
 import itertools
 import math
 import os
 import pathlib
-import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -26,8 +23,8 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 import tqdm
 
-from vocojax.errors import WeightsError
 from vocojax.training import checkpoint, state
+from vocojax.weights.incomplete import complete, require_empty, signals_later
 from vocojax.weights.into import Plan
 from vocojax.weights.leaves import Box, Leaf
 
@@ -44,8 +41,7 @@ def write_checkpoint(plan: Plan, out: pathlib.Path) -> None:
     KeyboardInterrupt: Ctrl-C; nothing is left.
   """
   folder = out / checkpoint.FOLDER
-  if folder.exists():
-    raise WeightsError(f"{folder}: exists; choose another --out")
+  require_empty(folder)
   with complete(folder / "0", beside=out) as temporary:
     _write_metadata(plan, temporary)
     jobs = (
@@ -81,46 +77,6 @@ def _box(index, shape: tuple[int, ...]) -> Box:
   return tuple(
     slice(*i.indices(n)[:2]) for i, n in zip(index, shape, strict=True)
   )
-
-
-@contextlib.contextmanager
-def complete(
-  target: pathlib.Path, beside: pathlib.Path
-) -> Iterator[pathlib.Path]:
-  """A folder to write to, that becomes `target` when all went well.
-
-  Until then it lies beside `beside`, under a name that says so; if something
-  goes wrong it is removed.
-
-  Raises:
-    WeightsError: for an OSError, such as a full disk.
-    KeyboardInterrupt: Ctrl-C.
-  """
-  beside = beside.expanduser().absolute()
-  temporary = beside.with_name(f"{beside.name}.incomplete-{os.getpid()}")
-  try:
-    temporary.mkdir(parents=True)
-    yield temporary
-    _flush(temporary)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary.rename(target)
-  except KeyboardInterrupt as e:
-    raise KeyboardInterrupt(f"interrupted; nothing of {beside} is left") from e
-  except OSError as e:
-    raise WeightsError(
-      f"{beside}: cannot be written ({e.strerror or e}); nothing of it is "
-      "left; make room or choose another --out"
-    ) from e
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _flush(folder: pathlib.Path) -> None:
-  """Until it is on disk: some file systems only then find that it is full."""
-  for path in folder.rglob("*"):
-    if path.is_file():
-      with open(path, "rb") as f:
-        os.fsync(f.fileno())
 
 
 def run_jobs(
@@ -181,35 +137,15 @@ def _write_metadata(plan: Plan, folder: pathlib.Path) -> None:
   )
   tree = state.unflatten({leaf.path: leaf for leaf in plan.leaves})
   try:
-    with _interrupts_later():
+    with signals_later():
       with ocp.Checkpointer(handler) as writer:
         writer.save(folder / "params", args=ocp.args.PyTreeSave(tree))
       checkpoint.write_settings(folder, plan.config, plan.tokenizer)
       checkpoint.write_json(folder, ORIGIN, plan.origin)
-  except ValueError as e:  # TensorStore's word for a full disk
-    raise OSError(0, " ".join(str(e).split())[:200]) from e
-
-
-@contextlib.contextmanager
-def _interrupts_later() -> Iterator[None]:
-  """Ctrl-C waits for the end of this moment.
-
-  The event loop that Orbax runs would be torn down under its threads, each of
-  which then prints a stack trace.
-  """
-  before = signal.getsignal(signal.SIGINT)
-  main = threading.current_thread() is threading.main_thread()
-  if before is not signal.default_int_handler or not main:
-    yield
-    return
-  caught = []
-  signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
-  try:
-    yield
-  finally:
-    signal.signal(signal.SIGINT, before)
-  if caught:
-    raise KeyboardInterrupt
+  except ValueError as e:  # what TensorStore makes of an OSError
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    code = next((c for c in codes if os.strerror(c) in str(e)), 0)
+    raise OSError(code, " ".join(str(e).split())[:200]) from e
 
 
 def _chunk_shape(leaf: Leaf) -> tuple[int, ...]:

@@ -19,8 +19,9 @@ import tensorstore as ts
 from etils import epath
 from jaxtyping import Shaped
 
-from vocojax.errors import WeightsError
+from vocojax.errors import CheckpointError, shorten
 from vocojax.weights import files, hf, model_files, stream
+from vocojax.weights.incomplete import complete, require_empty
 from vocojax.weights.out_of import Plan, Published
 
 _SHARD_BYTES = 5 * 10**9
@@ -63,11 +64,23 @@ class _Reader:
   def read(
     self, tensor: Published, start: int, stop: int
   ) -> Shaped[np.ndarray, "..."]:
-    """Rows of a published tensor."""
-    if tensor.rule.vocabulary:
-      x = self._vocabulary(tensor, start, stop)
-    else:
-      x = self._block(tensor, start, stop)
+    """Rows of a published tensor.
+
+    Raises:
+      CheckpointError: the array is damaged.
+    """
+    try:
+      if tensor.rule.vocabulary:
+        x = self._vocabulary(tensor, start, stop)
+      else:
+        x = self._block(tensor, start, stop)
+    except ValueError as e:  # of TensorStore
+      raise CheckpointError(
+        f"{self._plan.loaded.path}: {tensor.path}",
+        shorten(str(e), 200),
+        "an array that can be read",
+        "use another step, or copy this one again",
+      ) from e
     return np.ascontiguousarray(x, tensor.dtype)
 
   def _block(self, tensor: Published, start: int, stop: int):
@@ -116,10 +129,9 @@ def write(plan: Plan, out: pathlib.Path) -> None:
     WeightsError: OUT is not empty, or cannot be written.
     KeyboardInterrupt: Ctrl-C; nothing is left.
   """
-  if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise WeightsError(f"{out}: exists and is not empty; choose another --out")
+  require_empty(out)
   reader = _Reader(plan)
-  with stream.complete(out, beside=out) as temporary:
+  with complete(out, beside=out) as temporary:
     model_files.write(plan, temporary)
     offsets = _write_headers(plan.tensors, temporary)
     # In the order of the arrays, so that what was read serves all layers.
