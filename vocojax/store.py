@@ -19,7 +19,7 @@ import tqdm
 from absl import flags, logging
 
 from vocojax import cli
-from vocojax.errors import UserError
+from vocojax.errors import UserError, shorten
 from vocojax.inference.store import CacheStore, Entry
 
 _STORE = flags.DEFINE_string(
@@ -34,12 +34,14 @@ def main(words: list[str]) -> int | None:
   logging.set_verbosity(logging.WARNING)
   actions = {"ls": _ls, "verify": _verify, "gc": _gc}
   if len(words) != 1 or words[0] not in actions:
-    raise UserError(
-      f"{' '.join(words) or 'no action'}: expected one of {', '.join(actions)}"
-    )
+    found = shorten(" ".join(words)) if words else "nothing"
+    raise UserError("action", found, "ls, verify or gc", "write one of them")
   if _MAX_BYTES.value is not None and words != ["gc"]:
-    raise UserError(f"--max_bytes: {words[0]} does not take it; only gc does")
+    raise UserError(
+      "--max_bytes", f"the action {words[0]}", "gc", "leave it out"
+    )
   with CacheStore(_STORE.value) as store:
+    store.require()
     return actions[words[0]](store)
 
 

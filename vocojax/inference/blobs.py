@@ -13,11 +13,13 @@ import functools
 import os
 import pathlib
 import re
+import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import tensorstore as ts
 
-from vocojax.errors import CacheError
+from vocojax.core import files
+from vocojax.errors import CacheError, shorten
 
 _WINDOW = 64  # requests under way; a value is at most some megabytes
 _TEMPORARY = ".__lock"  # what TensorStore appends to a file's name
@@ -45,27 +47,60 @@ class Blobs:
     self.url = url
     spec = _spec(url)
     self._folder = pathlib.Path(spec["path"]) if _is_file(spec) else None
-    if self._folder and self._folder.exists() and not self._folder.is_dir():
-      raise CacheError(f"{url}: is a file, expected a folder; name another")
+    there = self._folder and os.path.exists(self._folder)
+    if self._folder and there and not self._folder.is_dir():
+      raise CacheError(url, "a file", "a folder", "name another place")
     with _clear(self.url, "opened"):
       self._kv = ts.KvStore.open(spec, context=_context()).result()
+
+  def require(self) -> None:
+    """Checks that there is a folder; a bucket shows at its first use.
+
+    Raises:
+      CacheError: there is none.
+    """
+    if self._folder is not None and not self._folder.is_dir():
+      raise CacheError(
+        self.url,
+        "no such folder",
+        "compressed images",
+        "correct the path; python -m vocojax.compress makes a new store",
+      )
 
   def keys(self, prefix: str) -> list[str]:
     """All keys that begin with `prefix`, which ends in '/'."""
     end = prefix[:-1] + chr(ord("/") + 1)
     with _clear(self.url, "listed"):
       found = self._kv.list(ts.KvStore.KeyRange(prefix, end)).result()
-    return [key.decode() for key in found]
+    # No key of ours has bytes that are no UTF-8.
+    return [key.decode(errors="replace") for key in found]
 
-  def read(self, keys: Collection[str]) -> Iterator[tuple[str, bytes, bytes]]:
-    """Key, value and version of those that exist, in order."""
+  def read(
+    self, keys: Collection[str]
+  ) -> Iterator[tuple[str, bytes | None, bytes]]:
+    """Key, value and version of those that exist, in order.
+
+    The value is None of what is in a folder under this name, but is no file.
+    """
     for window in _windows(list(keys)):
+      foreign = {key for key in window if self._is_foreign(key)}
       with _clear(self.url, "read"):
-        reads = [(key, self._kv.read(key)) for key in window]
-        found = [(key, future.result()) for key, future in reads]
-      for key, x in found:
-        if x.state == "value":
-          yield key, x.value, x.stamp.generation
+        reads = [(k, self._kv.read(k)) for k in window if k not in foreign]
+        found = {key: future.result() for key, future in reads}
+      for key in window:
+        if key in foreign:
+          yield key, None, b""
+        elif found[key].state == "value":
+          yield key, found[key].value, found[key].stamp.generation
+
+  def _is_foreign(self, key: str) -> bool:
+    """Whether it is a pipe, which blocks who reads it, a folder or a device."""
+    if self._folder is None:
+      return False
+    try:
+      return not stat.S_ISREG((self._folder / key).stat().st_mode)
+    except OSError:
+      return False  # absent, or TensorStore says what is wrong
 
   def write(self, values: Mapping[str, bytes]) -> None:
     """Returns when all are written; of one key, the last writer's stays."""
@@ -79,6 +114,9 @@ class Blobs:
 
   def delete_version(self, key: str, version: bytes) -> None:
     """Deletes a value unless it was written again since it was read."""
+    if self._folder is not None and self._is_foreign(key):
+      with _clear(self.url, "deleted from"):
+        return (self._folder / key).unlink(missing_ok=True)
     self._finish("deleted from", [self._kv.write(key, None, if_equal=version)])
 
   def remove_leftovers(self, prefixes: Iterable[str]) -> int:
@@ -112,20 +150,27 @@ def _clear(url: str, what: str):
   # TensorStore raises ValueError for nearly all, and the rest by kind.
   except Exception as e:
     text = " ".join(str(e).split())
-    where = f"{url}: cannot be {what}"
+    expected = f"a store that can be {what}"
     if re.search(r"RESOURCE_EXHAUSTED|os_error_code='(28|122)'", text):
       raise CacheError(
-        f"{where}, no space is left; free some, or shrink the store: "
-        f"python -m vocojax.store gc --store={url} --max_bytes=N"
+        url,
+        "no space left",
+        expected,
+        "free some, or shrink the store: python -m vocojax.store gc "
+        f"--store={url} --max_bytes=N",
       ) from e
     if re.search(r"os_error_code='(1|13|30)'|AccessDenied|code='40[13]'", text):
       raise CacheError(
-        f"{where}, permission denied ({_short(text)}); choose another --store, "
-        "or get the right to use this one"
+        url,
+        f"permission denied ({_short(text)})",
+        expected,
+        "choose another --store, or get the right to use this one",
       ) from e
     raise CacheError(
-      f"{where} ({_short(text)}); check that it is there and can be reached, "
-      "or choose another --store"
+      url,
+      _short(text),
+      expected,
+      "check that it is there and can be reached, or choose another --store",
     ) from e
 
 
@@ -153,17 +198,20 @@ def _context() -> ts.Context:
 
 def _spec(url: str) -> dict:
   """TensorStore's description of a place; its path ends in '/'."""
+  files.refuse_surrogates(url, "--store", CacheError)
   scheme = re.match(r"(\w[\w+.-]*):", url)
   if scheme is None and url:
-    path = pathlib.Path(url).expanduser().absolute()
+    path = files.expand_user(url, CacheError).absolute()
     return {"driver": "file", "path": f"{path}/".replace("//", "/")}
   if scheme is None or scheme[1] not in ("file", "gs", "s3", "memory"):
-    raise CacheError(f"--store={url}: expected {_PLACES}")
+    raise CacheError("--store", shorten(url), _PLACES, "name one of these")
   try:
     spec = ts.KvStore.Spec(url if url.endswith("/") else f"{url}/").to_json()
   except ValueError as e:
     reason = str(e).rpartition('": ')[2]
-    raise CacheError(f"--store={url}: {reason}; expected {_PLACES}") from e
+    raise CacheError(
+      "--store", f"{shorten(url)} ({reason})", _PLACES, "correct the URL"
+    ) from e
   endpoint = os.environ.get("AWS_ENDPOINT_URL")
   if spec["driver"] == "s3" and endpoint:
     spec["endpoint"] = endpoint
@@ -191,6 +239,6 @@ def _remove_if_dead(path: pathlib.Path) -> bool:
       if os.path.samestat(os.fstat(file.fileno()), path.stat()):
         path.unlink()
         return True
-  except (BlockingIOError, FileNotFoundError, PermissionError):
-    pass  # it is written to, or was renamed just now
+  except OSError:
+    pass  # it is written to, was renamed just now, or is no file
   return False

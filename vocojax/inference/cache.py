@@ -8,7 +8,9 @@ an `ImageKeyValues` (models/cache.py), which `key_values` makes.
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -16,7 +18,8 @@ import numpy as np
 from jaxtyping import Float32, Shaped
 from PIL import ExifTags, Image
 
-from vocojax.errors import CacheError
+from vocojax.core import files
+from vocojax.errors import CacheError, shorten
 from vocojax.inference import sealed
 from vocojax.models.cache import ImageKeyValues
 
@@ -29,6 +32,9 @@ _DTYPES = {
   "int8": np.dtype(np.int8),
 }
 _REMEDY = "compress the images again"
+# What a store can make a path of.
+_HASH = re.compile("[0-9a-f]{64}")
+_LAYOUT = re.compile(r"\w[\w.-]*/\d+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +160,10 @@ class VocoCache:
     k = self.num_voco_tokens
     if not 1 <= m <= k:
       raise CacheError(
-        f"cache: cannot be truncated to {m} tokens per image, since it holds "
-        f"k = {k}; choose 1 to {k}, or {_REMEDY} with a larger k"
+        "cache.truncate",
+        f"{m} tokens an image",
+        f"1 to {k}" if k > 1 else "1, which is all it holds",
+        f"choose so many, or {_REMEDY} to more",
       )
     # A copy, so that what is cut off is freed.
     return dataclasses.replace(
@@ -210,8 +218,10 @@ class VocoCache:
     """
     if self.origin != origin:
       raise CacheError(
-        f"{where}: made by {_describe(self.origin)}, but this is "
-        f"{_describe(origin)}; {_REMEDY}, or load the checkpoint that made it"
+        where,
+        f"images compressed by {_describe(self.origin)}",
+        _describe(origin),
+        f"{_REMEDY}, or load the checkpoint that compressed them",
       )
 
   def to_bytes(self) -> bytes:
@@ -233,7 +243,7 @@ def concatenate(caches: Sequence[VocoCache]) -> VocoCache:
     CacheError: there is none, or they differ in origin, k or dtype.
   """
   if not caches:
-    raise CacheError("cache: nothing to concatenate; give at least one cache")
+    raise CacheError("concatenate", "no cache", "at least one", "give it one")
   first = caches[0]
   for i, cache in enumerate(caches):
     cache.check(first.origin, f"cache {i} of {len(caches)}")
@@ -242,9 +252,10 @@ def concatenate(caches: Sequence[VocoCache]) -> VocoCache:
       first.dtype,
     ):
       raise CacheError(
-        f"cache {i} of {len(caches)}: k = {cache.num_voco_tokens} in "
-        f"{cache.dtype}, but the first has k = {first.num_voco_tokens} in "
-        f"{first.dtype}; use truncate() and quantize() or dequantize() first"
+        f"cache {i} of {len(caches)}",
+        f"k = {cache.num_voco_tokens} in {cache.dtype}",
+        f"k = {first.num_voco_tokens} in {first.dtype}, as in the first",
+        "use truncate() and quantize() or dequantize() before",
       )
   arrays = [cache._arrays() for cache in caches]
   return _from_arrays(
@@ -268,21 +279,35 @@ def from_bytes(data: bytes, where: str) -> VocoCache:
     CacheError: they are something else, or not one bit as they were written.
   """
   try:
-    header, arrays = sealed.loads(data)
-    if (found := header["format"]) != FORMAT:
-      raise CacheError(
-        f"{where}: a cache of format {found!r}, but this version reads "
-        f"{FORMAT!r}; {_REMEDY}"
-      )
-    return _from_arrays(
-      arrays, CacheOrigin(**header["origin"]), tuple(header["image_hashes"])
-    )
-  # The file is sound, but of another kind: it lacks a key, or has other values.
-  except (LookupError, TypeError, ValueError) as e:
-    raise CacheError(
-      f"{where}: not a VoCo cache, or a damaged one ({sealed.one_line(e)}); "
-      f"delete it and {_REMEDY}"
-    ) from e
+    header, arrays = sealed.loads(data, where)
+    return _from_header(header, arrays, where)
+  except CacheError as e:
+    raise CacheError(e.where, e.got, e.expected, _REMEDY) from e
+
+
+def _from_header(
+  header: dict[str, Any], arrays: dict[str, np.ndarray], where: str
+) -> VocoCache:
+  def field(values: dict, key: str, kind: type) -> Any:
+    return files.get_field(values, key, kind, where, CacheError)
+
+  if (found := field(header, "format", str)) != FORMAT:
+    raise CacheError(where, f"format {shorten(found)}", FORMAT)
+  origin = field(header, "origin", dict)
+  fingerprint = field(origin, "model_fingerprint", str)
+  layout = field(origin, "layout", str)
+  hashes = field(header, "image_hashes", list)
+  for name in (fingerprint, *hashes):
+    if not (isinstance(name, str) and _HASH.fullmatch(name)):
+      raise CacheError(where, shorten(name), "64 hex digits")
+  if not _LAYOUT.fullmatch(layout):
+    raise CacheError(where, f"layout {shorten(layout)}", "NAME/VERSION")
+  if not {"keys", "values"} <= set(arrays):
+    raise CacheError(where, f"arrays {sorted(arrays)}", "keys and values")
+  try:
+    return _from_arrays(arrays, CacheOrigin(fingerprint, layout), tuple(hashes))
+  except ValueError as e:  # shapes or dtypes that do not belong together
+    raise CacheError(where, str(e), "compressed images") from e
 
 
 def image_hash(source: bytes | np.ndarray | Image.Image) -> str:
@@ -319,8 +344,10 @@ def _quantize(
   largest = np.abs(x).max(axis=(2, 4))
   if not np.isfinite(largest).all():
     raise CacheError(
-      "cache: holds keys or values that are not finite, which int8 cannot "
-      "hold; look for what makes the model overflow"
+      "cache.quantize",
+      "keys or values that are not finite",
+      "finite ones, since int8 holds no others",
+      "look for what makes the model overflow",
     )
   scales = largest / np.float32(_INT8_MAX)
   # A head without any number but 0 has the scale 0.

@@ -6,12 +6,17 @@ same bytes, and no flipped bit goes unnoticed, in the arrays or before them.
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from vocojax.core import files
+from vocojax.errors import CacheError
+
+T = TypeVar("T")
 
 # The only key in the metadata of safetensors, which would shuffle several.
 _HEADER = "vocojax"
@@ -34,39 +39,45 @@ def dumps(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
   return safetensors.numpy.save(arrays, {_HEADER: json.dumps(sealed)})
 
 
-def loads(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def loads(
+  data: bytes, where: str
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """What was given to `dumps`; the arrays cannot be written to.
 
+  Args:
+    data: the bytes.
+    where: names their place in the error.
+
   Raises:
-    ValueError: the bytes are not as `dumps` made them.
+    CacheError: the bytes are not as `dumps` made them.
   """
   try:
     tensors = safetensors.deserialize(data)
     size = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + size])["__metadata__"]
-    header = json.loads(metadata[_HEADER])
-    digest = header.pop("sha256")
+    top = files.parse_json(data[8 : 8 + size], where, dict, CacheError)
+    metadata = _field(top, "__metadata__", dict, where)
+    text = _field(metadata, _HEADER, str, where)
+    header = files.parse_json(text, where, dict, CacheError)
+    digest = _field(header, "sha256", str, where)
+    del header["sha256"]
     arrays = {name: _array(tensor) for name, tensor in tensors}
-  # What is foreign or damaged lacks keys, or has values of any kind.
-  except (
-    *(safetensors.SafetensorError, AttributeError, LookupError),
-    *(TypeError, ValueError),
-  ) as e:
-    raise ValueError(one_line(e)) from e
-  if _digest(header, arrays) != digest:
-    raise ValueError("its checksum differs")
+    if _digest(header, arrays) != digest:
+      raise ValueError("another checksum")
+  # A header may be nested as deep as can just be read, but not written.
+  except (safetensors.SafetensorError, ValueError, RecursionError) as e:
+    raise CacheError(
+      where, str(e)[:200], "what was written", "write it again"
+    ) from e
   return header, arrays
 
 
-def one_line(e: Exception) -> str:
-  """An error in at most 200 characters."""
-  text = " ".join(str(e).split())
-  return (text if type(e) is ValueError else f"{type(e).__name__}: {text}")[
-    :200
-  ]
+def _field(values: dict, key: str, kind: type[T], where: str) -> T:
+  return files.get_field(values, key, kind, where, CacheError)
 
 
 def _array(tensor: dict[str, Any]) -> np.ndarray:
+  if tensor["dtype"] not in _DTYPES:
+    raise ValueError(f"numbers of type {tensor['dtype']}")
   dtype = _DTYPES[tensor["dtype"]]
   x = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
   x.flags.writeable = False

@@ -32,7 +32,7 @@ from vocojax.inference.cache import CacheOrigin, VocoCache
 
 _ENTRIES = f"{cache_lib.FORMAT}/"
 _KEY = re.compile(
-  f"{_ENTRIES}([0-9a-f]{{64}})/(.+)/k([1-9]\\d*)/([0-9a-f]{{64}})"
+  rf"{_ENTRIES}([0-9a-f]{{64}})/(\w[\w.-]*/\d+)/k([1-9]\d*)/([0-9a-f]{{64}})"
 )
 _USES_FILES = 256  # before they are put together
 _CHUNK = 64  # entries that are written together
@@ -110,6 +110,14 @@ class CacheStore:
   def url(self) -> str:
     return self._blobs.url
 
+  def require(self) -> None:
+    """Checks that the store is there, for who means to read what it has.
+
+    Raises:
+      CacheError: its folder is not.
+    """
+    self._blobs.require()
+
   @staticmethod
   def key(origin: CacheOrigin, k: int, image_hash: str) -> str:
     """Where the first k tokens of an image are kept.
@@ -149,7 +157,7 @@ class CacheStore:
     found = {}
     for key, value, version in self._blobs.read(dict.fromkeys(keys)):
       found[key] = self._checked(key, value, version)
-      if found[key] is not None:
+      if found[key] is not None and value is not None:
         self._uses.note(key, len(value))
     return [found.get(key) for key in keys]
 
@@ -197,7 +205,7 @@ class CacheStore:
     """
     for key, value, version in self._blobs.read(self._keys()):
       sound = self._checked(key, value, version) is not None
-      yield key, len(value) if sound else None
+      yield key, len(value) if sound and value is not None else None
 
   def gc(self, max_bytes: int | None = None) -> Collected:
     """Removes what killed writers left, and entries beyond the limit.
@@ -230,22 +238,19 @@ class CacheStore:
   def __exit__(self, *_):
     self.close()
 
-  def _checked(self, key: str, value: bytes, version: bytes):
+  def _checked(
+    self, key: str, value: bytes | None, version: bytes
+  ) -> VocoCache | None:
     """The cache of an entry; None, logged and removed, if it is not one."""
     where = f"{self.url}: {key}"
     try:
-      cache = cache_lib.from_bytes(value, where)
-      [image_hash] = cache.image_hashes
-      if self.key(cache.origin, cache.num_voco_tokens, image_hash) == key:
-        return cache
-      reason = "it is another image's or model's"
-    except (CacheError, ValueError) as e:
-      reason = str(e).removeprefix(f"{where}: ").rpartition("; ")[0]
-    logging.warning(
-      "%s: %s; it is removed, and the image compressed again when it is needed",
-      where,
-      reason,
-    )
+      return _one_image(key, value, where)
+    except CacheError as e:
+      logging.warning(
+        "%s: got %s, expected %s; it is removed, and the image compressed "
+        "again when it is needed",
+        *(e.where, e.got, e.expected),
+      )
     try:
       self._blobs.delete_version(key, version)
     except CacheError as e:
@@ -264,7 +269,8 @@ class CacheStore:
     }
     rest = [key for key in keys if key not in known]
     for key, value, _ in self._blobs.read(rest):
-      found[key] = len(value), None
+      if value is not None:
+        found[key] = len(value), None
     return found
 
   def _write(self, values: Mapping[str, bytes], size: int) -> None:
@@ -281,8 +287,10 @@ class CacheStore:
       return
     if needed > self._max_bytes:
       raise CacheError(
-        f"{self.url}: limited to {self._max_bytes:,} bytes, but one image "
-        f"needs {needed:,}; raise the limit"
+        self.url,
+        f"an image of {needed:,} bytes",
+        f"at most {self._max_bytes:,} in all",
+        "raise max_bytes",
       )
     if needed > self._budget:
       total = _total(self._scan())
@@ -315,6 +323,23 @@ class CacheStore:
       excess -= removed[key][0]
     self._blobs.delete(removed)
     return entries, removed
+
+
+def _one_image(key: str, value: bytes | None, where: str) -> VocoCache:
+  """The cache that an entry holds.
+
+  Raises:
+    CacheError: it is none, damaged, or that of another key.
+  """
+  if value is None:
+    raise CacheError(where, "no file", "a file", "delete it")
+  cache = cache_lib.from_bytes(value, where)
+  k, hashes = cache.num_voco_tokens, cache.image_hashes
+  if [CacheStore.key(cache.origin, k, x) for x in hashes] != [key]:
+    raise CacheError(
+      where, "another image or model", "what its name says", "delete it"
+    )
+  return cache
 
 
 def _total(sizes: Mapping[str, tuple[int, Any]]) -> int:

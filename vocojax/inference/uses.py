@@ -14,12 +14,14 @@ import uuid
 
 from absl import logging
 
+from vocojax.core import files
 from vocojax.errors import CacheError
 from vocojax.inference.blobs import Blobs
 
 FOLDER = "vocojax-uses/1/"
 _MAX_SECONDS = 600  # between two files of a process
 _MAX_COUNT = 4096  # in a file of one process
+_MAX_TIME = 2**35  # beyond it, a time is not one, or has no date
 
 Sizes = dict[str, tuple[int, float]]  # by key: bytes, time of the last use
 
@@ -63,13 +65,13 @@ class Uses:
   def read(self) -> Sizes:
     """What is known from all processes, of entries there or gone."""
     with self._lock:
-      while new := set(self._blobs.keys(FOLDER)) - self._files:
-        found = list(self._blobs.read(new))
-        for name, value, _ in found:
+      listed = set(self._files)
+      # Again: another process may have just put some of them together.
+      while new := set(self._blobs.keys(FOLDER)) - listed:
+        listed |= new
+        for name, value, _ in self._blobs.read(new):
           self._files.add(name)
           _merge(self._known, _parse(f"{self._blobs.url}: {name}", value))
-        if len(found) == len(new):
-          break  # else another process has just put those together
       return _merge(dict(self._known), self._pending)
 
   def compact(self, entries: Sizes) -> None:
@@ -94,12 +96,16 @@ def _merge(sizes: Sizes, more: Sizes) -> Sizes:
   return sizes
 
 
-def _parse(where: str, value: bytes) -> Sizes:
+def _parse(where: str, value: bytes | None) -> Sizes:
   try:
-    return {
-      str(key): (int(nbytes), float(used))
-      for key, (nbytes, used) in json.loads(value).items()
-    }
-  except (ValueError, TypeError, AttributeError):
+    found = files.parse_json(value or b"", where, dict, CacheError)
+    for key, use in found.items():
+      nbytes, used = use  # TypeError or ValueError where it is no pair
+      files.check_kind(nbytes, where, int, CacheError)
+      files.check_kind(used, where, float, CacheError)
+      if not (0 <= nbytes < 2**63 and 0 <= used < _MAX_TIME):
+        raise ValueError(f"{key}: {use}")
+    return {key: (nbytes, used) for key, (nbytes, used) in found.items()}
+  except (CacheError, TypeError, ValueError):
     logging.warning("%s: damaged, so some uses are forgotten", where)
     return {}
