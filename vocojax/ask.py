@@ -6,7 +6,8 @@
 
 The answer goes to stdout; what the images became goes to stderr. Without a
 question it is read from stdin, or from the keyboard in a chat. Lines of IN are
-{"image": PATH or a list, "question": TEXT}, see inference/jobs.py. Read next:
+{"image": PATH or a list, "question": TEXT}, see inference/jobs.py. A line that
+cannot be used gets an error in OUT, and the exit status is 1. Read next:
 inference/lookup.py, batch.py, chat.py.
 """
 
@@ -22,8 +23,9 @@ from absl import flags, logging
 import vocojax
 from vocojax import cli
 from vocojax import config as config_lib
+from vocojax.core import files, lock
 from vocojax.data import prompt
-from vocojax.errors import UserError
+from vocojax.errors import UserError, shorten
 from vocojax.inference import jobs as jobs_lib
 from vocojax.inference.batch import Batch
 from vocojax.inference.cache import VocoCache
@@ -78,6 +80,12 @@ _MAX_TEXT_LENGTH = flags.DEFINE_integer(
   "Room for the tokens of a conversation, the answer included.",
 )
 _JSONL = flags.DEFINE_string("jsonl", None, "File of questions, one a line.")
+_IMAGE_FOLDER = flags.DEFINE_string(
+  "image_folder",
+  None,
+  "Folder that the images of --jsonl are in; by default that of the file. "
+  "With / a line may name any file.",
+)
 _OUT = flags.DEFINE_string(
   "out", None, "File of answers for --jsonl; what is answered there is kept."
 )
@@ -144,15 +152,19 @@ def _question(words: list[str]) -> str | None:
     return None
   question = " ".join(words) if words else sys.stdin.read()
   if not question.strip():
-    found = (
-      "an empty question" if words else "no question, and nothing on stdin"
+    raise UserError(
+      "question",
+      "an empty text" if words else "none, and nothing on stdin",
+      "a question",
+      "write it in quotes, after the flags",
     )
-    raise UserError(f"{found}; write one in quotes, after the flags")
   return question.strip()
 
 
 def _load(**sizes: int) -> tuple[Engine, Lookup, "Maker"]:
   path, layout = _CHECKPOINT.value, _LAYOUT.value or ""
+  if _STORE.value is not None:
+    CacheStore(_STORE.value).require()
   engine = vocojax.load(
     path,
     compressor=_COMPRESSOR.value,
@@ -208,32 +220,31 @@ class Maker:
       UserError: the engine could not answer it.
     """
     values = {**self._values, **(fields or {})}
-    try:
-      request = Request(
-        turns=turns,
-        images=cache,
-        max_new_tokens=values["max_new_tokens"],
-        sampling=Sampling(
-          temperature=float(values["temperature"]),  # JSON may have an int
-          top_k=values["top_k"],
-          top_p=float(values["top_p"]),
-          seed=values["seed"],
-        ),
-        stop=_texts(values["stop"]),
-        stop_token_ids=tuple(map(self._token, _texts(values["stop_token"]))),
-        on_text=on_text,
-      )
-      self._engine.check(request)
-    except UserError as e:
-      raise UserError(str(e).removeprefix("request 0: ")) from e
+    request = Request(
+      turns=turns,
+      images=cache,
+      max_new_tokens=values["max_new_tokens"],
+      sampling=Sampling(
+        temperature=float(values["temperature"]),  # JSON may have an int
+        top_k=values["top_k"],
+        top_p=float(values["top_p"]),
+        seed=values["seed"],
+      ),
+      stop=_texts(values["stop"]),
+      stop_token_ids=tuple(map(self._token, _texts(values["stop_token"]))),
+      on_text=on_text,
+    )
+    self._engine.check(request)
     return request
 
   def _token(self, text: str) -> int:
     if text not in self._vocabulary:
-      near = config_lib.nearest_key(text, self._vocabulary)
+      near = config_lib.nearest(text, self._vocabulary)
       raise UserError(
-        f"stop_token: {text!r} is none of the {len(self._vocabulary)} tokens "
-        f"of the checkpoint{near.replace('key', 'one')}; --stop takes any text"
+        "stop_token",
+        shorten(text),
+        f"one of the {len(self._vocabulary)} tokens of the checkpoint",
+        (f"write {near!r}, or " if near else "") + "use stop, for any text",
       )
     return self._vocabulary[text]
 
@@ -259,36 +270,49 @@ def _answer(engine, lookup, make, paths: list[str], question: str) -> None:
 
 
 def _write(text: str) -> None:
-  sys.stdout.write(text)
-  sys.stdout.flush()
+  with files.storage("stdout"):
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _answer_file(words: list[str]) -> int:
   """Answers the lines of --jsonl; 1 if some could not be answered."""
   if not _JSONL.value or not _OUT.value:
     raise UserError(
-      f"--jsonl={_JSONL.value or ''} --out={_OUT.value or ''}: expected both, "
-      "a file of questions and one for the answers"
+      "--out" if _JSONL.value else "--jsonl",
+      "nothing",
+      "a file of questions and one for the answers",
+      "give both, or none of the two",
     )
   if words or _IMAGE.value:
     raise UserError(
-      f"{'--image' if _IMAGE.value else words[0]}: not together with --jsonl, "
-      "whose lines have their own questions and images; leave it out"
+      "--jsonl",
+      "--image" if _IMAGE.value else f"the question {shorten(words[0])}",
+      "neither, as its lines have their own questions and images",
+      "leave it out",
     )
-  jobs = jobs_lib.read(_JSONL.value)
+  jobs = jobs_lib.read(_JSONL.value, _IMAGE_FOLDER.value)
+  out = files.expand_user(_OUT.value)
+  if not out.parent.is_dir():
+    raise UserError(
+      _OUT.value, "no such folder", "a file in a folder", "make the folder"
+    )
+  # Two at once would answer everything twice.
+  with lock.held(out.parent, out.name):
+    return _answer_jobs(jobs, _OUT.value)
+
+
+def _answer_jobs(jobs: Sequence[jobs_lib.Job], out: str) -> int:
   most = max(len(job.images) for job in jobs)
   engine, lookup, make = _load(slots=_SLOTS.value, max_images=max(most, 1))
-  for job in jobs:  # a mistake in the last line should show at once
-    try:
-      make([("?", None)], fields=job.fields)
-    except UserError as e:
-      raise UserError(f"{job.where}: {e}") from e
-  settings = [
+  settings: list[object] = [
     dataclasses.asdict(engine.origin),
     engine.num_image_tokens,
     {name: flag.value for name, flag in _FIELDS.items()},
   ]
-  answers = jobs_lib.Answers(_OUT.value, jobs, settings)
+  if _IMAGE_FOLDER.value is not None:
+    settings.append(os.path.abspath(files.expand_user(_IMAGE_FOLDER.value)))
+  answers = jobs_lib.Answers(out, jobs, settings)
   if answers.note:
     print(answers.note, file=sys.stderr)
   batch = Batch(engine, lookup, answers, make)

@@ -11,6 +11,7 @@ tower. Read next: inference/folder.py, engine.py, store.py.
 import concurrent.futures
 import contextlib
 import dataclasses
+import re
 import signal
 import sys
 import time
@@ -23,7 +24,7 @@ from absl import flags, logging
 
 import vocojax
 from vocojax import cli
-from vocojax.errors import UserError
+from vocojax.errors import UserError, shorten
 from vocojax.inference.cache import VocoCache
 from vocojax.inference.engine import Engine
 from vocojax.inference.folder import ImageFile, find_images, read_images
@@ -105,12 +106,15 @@ def main() -> int | None:
 def _shard(text: str | None) -> tuple[int, int]:
   if text is None:
     return jax.process_index(), jax.process_count()
-  index, _, count = text.partition("/")
-  if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+  match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+  if match is None or int(match[1]) >= int(match[2]):
     raise UserError(
-      f"--shard={text}: expected I/N with I from 0 to N - 1, such as 0/4"
+      "--shard",
+      shorten(text),
+      "I/N with I from 0 to N - 1, such as 0/4",
+      "correct it",
     )
-  return int(index), int(count)
+  return int(match[1]), int(match[2])
 
 
 class _Work:

@@ -55,12 +55,14 @@ def run(
   """
   if not 0 <= threshold <= 1:
     raise UserError(
-      f"threshold: found {threshold}, expected 0 to 1, a total variation"
+      "threshold", f"{threshold}", "a total variation, 0 to 1", "correct it"
     )
   if not engine.num_voco_tokens:
     raise UserError(
-      "adaptive: found an engine whose image tokens cannot be cut, expected "
-      "compressor 'voco'; load another checkpoint"
+      "adaptive",
+      "an engine whose image tokens cannot be cut",
+      "compressor 'voco'",
+      "load another checkpoint",
     )
   # With text_sees_bos a cache begins with one more token.
   others = engine.num_image_tokens - engine.num_voco_tokens

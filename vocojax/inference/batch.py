@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import tqdm
 
-from vocojax.errors import UserError
+from vocojax.errors import DataError, UserError
 from vocojax.inference.engine import Engine
 from vocojax.inference.jobs import Answers, Job
 from vocojax.inference.lookup import Found, Lookup, join
 from vocojax.inference.requests import Request
+
+_SHOWN = 20  # errors on the terminal; all are in the file of answers
 
 
 @dataclasses.dataclass
@@ -85,22 +87,31 @@ class Batch:
       found = dict(zip(paths, self.lookup.find(paths), strict=True))
       for job in chunk:
         try:
+          if job.error is not None:
+            raise job.error
           images = [found[path] for path in job.images]
           cache = join(images)
           request = self.make_request(job.turns, cache, job.fields)
         except UserError as e:
-          self._fail(job, str(e), bar)
+          self._fail(job, e, bar)
+          continue
+        except Exception as e:  # whatever it is, the others are answered
+          got = repr(e)[:200]
+          error = DataError("line", got, "a question", "correct the line")
+          self._fail(job, error, bar)
           continue
         if images and isinstance(images[0], Found):
           self.size = images[0].size
         asked.append(job)
         yield request
 
-  def _fail(self, job: Job, error: str, bar: tqdm.tqdm) -> None:
-    self.answers.write(job, error=error)
-    if error not in self.errors:  # an image may have a thousand questions
-      bar.write(f"{job.where}: {error}", file=sys.stderr)
-    self.errors[error] += 1
+  def _fail(self, job: Job, error: UserError, bar: tqdm.tqdm) -> None:
+    text = str(error)
+    self.answers.write(job, error=text)
+    # An image may have a thousand questions.
+    if text not in self.errors and len(self.errors) < _SHOWN:
+      bar.write(str(error.within(job.where)), file=sys.stderr)
+    self.errors[text] += 1
     bar.update()
 
 

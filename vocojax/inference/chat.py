@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from vocojax.errors import UserError
+from vocojax.errors import UserError, shorten
 from vocojax.inference.cache import VocoCache
 from vocojax.inference.engine import Engine
 from vocojax.inference.lookup import Found, Lookup, join
@@ -97,8 +97,10 @@ class Chat:
     """
     if len(paths) > self._engine.max_images:
       raise UserError(
-        f"{len(paths)} images, but this chat has room for "
-        f"{self._engine.max_images}; begin one with as many --image"
+        "images",
+        f"{len(paths)}",
+        f"at most {self._engine.max_images} in this chat",
+        "begin one with as many --image",
       )
     images = self._lookup.find(paths)
     self._cache = join(images)
@@ -132,7 +134,7 @@ class Chat:
     if name == "/image":
       paths = _split(rest)
       if not paths:
-        raise UserError("/image: needs at least one path")
+        raise UserError("/image", "no path", "at least one", "write it")
       self.show(paths)
     elif name == "/reset":
       self._turns = []
@@ -142,7 +144,9 @@ class Chat:
     elif name == "/help":
       print(HELP)
     else:
-      raise UserError(f"{name}: unknown command; /help lists them")
+      raise UserError(
+        "chat", f"the command {shorten(name)}", "one of /help", "correct it"
+      )
 
   def _answer(self, question: str) -> None:
     """Asks and prints; what was said stays in the conversation."""
@@ -189,7 +193,9 @@ def _split(text: str) -> list[str]:
   try:
     return shlex.split(text)
   except ValueError as e:
-    raise UserError(f"/image: {e}; close the quotes") from e
+    raise UserError(
+      "/image", f"{e}", "paths as a shell reads them", "close the quotes"
+    ) from e
 
 
 @contextlib.contextmanager

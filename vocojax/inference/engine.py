@@ -100,7 +100,7 @@ class Engine:
       ("prefill_rows", prefill_rows, 1),
     ):
       if size < least:
-        raise UserError(f"{name}: found {size}, expected at least {least}")
+        raise UserError(name, f"{size}", f"at least {least}", "set it to more")
     layout = prompt.LAYOUTS[config.prompt.layout]
     self.tokenizer = tokenizer
     self.origin = CacheOrigin(
@@ -193,7 +193,7 @@ class Engine:
       read_image(image, size, self._pad_to_square) for image in as_list(images)
     ]
     if not read:
-      raise UserError("images: found none to compress; give at least one")
+      raise UserError("images", "none", "at least one", "give an image")
     batch = self.compress_batch
     return concatenate(
       [self._compress(read[i : i + batch]) for i in range(0, len(read), batch)]
@@ -275,7 +275,10 @@ class Engine:
     Raises:
       UserError: it cannot.
     """
-    self._prepare([(0, request)])
+    images = request.images
+    if images is not None and not isinstance(images, VocoCache):
+      images = self.compress(images)
+    prepare(request, images, 0, self._room)
 
   def foretell(self, requests: Sequence[Request]) -> Float32[np.ndarray, "N V"]:
     """Probabilities of the first token of each answer, whatever its sampling.
@@ -313,7 +316,10 @@ class Engine:
       if made is not None and count:
         cache = made.select(range(first, first + count))
         first += count
-      jobs.append(prepare(request, cache, index, self._room))
+      try:
+        jobs.append(prepare(request, cache, index, self._room))
+      except UserError as e:
+        raise e.within(f"request {index}") from e
     return jobs
 
   def _taken(self) -> list[int]:

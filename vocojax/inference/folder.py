@@ -5,13 +5,12 @@ S pixels a side of an image as the model wants it.
 
 import dataclasses
 import os
-import pathlib
 
 import grain
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from vocojax.core import workers
+from vocojax.core import files, workers
 from vocojax.data import images
 from vocojax.errors import DataError
 from vocojax.inference.cache import image_hash
@@ -40,10 +39,10 @@ def find_images(folder: str) -> list[str]:
   Raises:
     DataError: it is no folder, or there are none.
   """
-  root = pathlib.Path(folder).expanduser()
+  root = files.expand_user(folder)
   if not root.is_dir():
     raise DataError(
-      f"--images={folder}: no such folder; name one with image files"
+      folder, "no such folder", "a folder of image files", "correct --images"
     )
   paths = sorted(
     os.path.join(where, name)
@@ -53,8 +52,10 @@ def find_images(folder: str) -> list[str]:
   )
   if not paths:
     raise DataError(
-      f"--images={folder}: no file in it ends in one of {' '.join(SUFFIXES)}; "
-      "name a folder with image files"
+      folder,
+      "no image file",
+      f"files that end in {' '.join(SUFFIXES)}",
+      "name another folder with --images",
     )
   return paths
 
@@ -111,16 +112,12 @@ class _Read(grain.transforms.Map):
   pad_to_square: bool
 
   def map(self, path: str) -> ImageFile:
+    digest = ""
     try:
-      content = pathlib.Path(path).read_bytes()
-    except OSError as e:
-      return ImageFile(
-        error=f"{path}: cannot be read ({e.strerror}); make it a readable file"
-      )
-    digest = image_hash(content)
-    if digest in self.known:
-      return ImageFile(digest)
-    try:
+      content = files.read_bytes(path, limit=images.MAX_BYTES)
+      digest = image_hash(content)
+      if digest in self.known:
+        return ImageFile(digest)
       processor = images.ImageProcessor(self.size, self.pad_to_square)
       pixels = processor(content, path)
     except DataError as e:

@@ -4,16 +4,19 @@ A line of the file is an object:
 
   {"id": "a", "image": "cat.png", "question": "What is it?"}
 
-"image" is a path or a list of paths, relative to the folder of the file;
-without it the question is about no image. Instead of "question" there may be
-"turns", a list of [question, answer] whose last answer is null. `FIELDS` may
-stand in a line, too. Without an "id" a line is known by its number, from 1.
+"image" is a path or a list of paths inside the image folder, by default that of
+the file; without it the question is about no image. Instead of "question" there
+may be "turns", a list of [question, answer] whose last answer is null. `FIELDS`
+may stand in a line, too. "id" is text or a number; without one a line is known
+by its number, from 1.
 
 Of each line one object is written: id, answer, finish_reason, or id, error. Its
 `key` stands for all that decides the answer, so that a job that was stopped can
-go on, and one that was changed meanwhile is noticed.
+resume, and one that was changed meanwhile is noticed. A line that cannot be
+used gets an error, at each run again; the others are answered.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,7 +26,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vocojax import config as config_lib
-from vocojax.errors import DataError
+from vocojax.core import files
+from vocojax.errors import DataError, UserError, shorten
 
 # What a line may say about its answer, and as what.
 FIELDS = {
@@ -36,6 +40,9 @@ FIELDS = {
   "stop_token": "a text or a list of texts",
 }
 _KEYS = ("id", "image", "question", "turns", *FIELDS)
+_BEGINNING = b'{"id": '  # of every line of answers
+
+Id = str | int | float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,77 +56,99 @@ class Job:
     turns: questions and answers; the last answer is None.
     fields: those of `FIELDS` that the line has.
     content: the line in one way of writing it, without its id.
+    error: why the line cannot be used; it has none of the above then.
   """
 
   where: str
-  id: str | int
-  images: tuple[str, ...]
-  turns: tuple[tuple[str, str | None], ...]
-  fields: Mapping[str, Any]
-  content: str
+  id: Id
+  images: tuple[str, ...] = ()
+  turns: tuple[tuple[str, str | None], ...] = ()
+  fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  content: str = ""
+  error: UserError | None = None
 
 
-def read(path: str) -> list[Job]:
+def read(path: str, image_folder: str | None = None) -> list[Job]:
   """The jobs of a file, in its order.
 
+  Args:
+    path: of the file.
+    image_folder: folder of the images; by default that of the file.
+
   Raises:
-    DataError: the file or a line of it cannot be used.
+    DataError: the file cannot be read, or two lines have one id.
   """
-  file = pathlib.Path(path).expanduser()
-  try:
-    lines = file.read_bytes().split(b"\n")
-  except OSError as e:
-    raise DataError(f"{path}: cannot be read ({e.strerror})") from e
-  jobs: dict[str | int, Job] = {}
-  for number, line in enumerate(lines, 1):
-    if not line.strip():
-      continue
-    job = _parse(line, number, f"{path}:{number}", file.parent)
-    if job.id in jobs:
+  file = files.expand_user(path)
+  folder = file.parent
+  if image_folder is not None:
+    folder = files.expand_user(image_folder)
+  data = files.read_bytes(file).removeprefix(b"\xef\xbb\xbf")
+  lines = {i: x for i, x in enumerate(data.split(b"\n"), 1) if x.strip()}
+  if not lines:
+    raise DataError(path, "an empty file", "a line per question", "write one")
+  given = {number: _id(line) for number, line in lines.items()}
+  known = set(given.values())
+  jobs: dict[Id, Job] = {}
+  for number, line in lines.items():
+    job_id = given[number]
+    if job_id is None:
+      job_id = f"line {number}" if number in known else number
+    job = _parse(line, job_id, f"{path}:{number}", folder)
+    if job_id in jobs:
       raise DataError(
-        f"{job.where}: id {job.id!r} is also that of {jobs[job.id].where}; "
-        "give each line its own"
+        job.where,
+        f"the id {shorten(job_id)}, as in {jobs[job_id].where}",
+        "an id of its own",
+        "change one of them",
       )
-    jobs[job.id] = job
-  if not jobs:
-    raise DataError(f"{path}: an empty file, expected a line per question")
+    jobs[job_id] = job
   return list(jobs.values())
 
 
-def _parse(line: bytes, number: int, where: str, folder: pathlib.Path) -> Job:
-  entry = _object(line, where)
-  for key in entry:
-    if key not in _KEYS:
-      near = config_lib.nearest_key(key, _KEYS).replace("key", "field")
-      raise DataError(
-        f"{where}: unknown field {key!r}{near}; known are {', '.join(_KEYS)}"
-      )
-  job_id = entry.pop("id", number)
-  if not job_id or type(job_id) not in (str, int):
-    raise _bad(where, "id", job_id, "text or a positive whole number")
-  images = [] if entry.get("image") is None else entry["image"]
-  if not _is_texts(images):
-    raise _bad(where, "image", images, "a path or a list of paths")
-  images = [images] if isinstance(images, str) else images
-  fields = {key: value for key, value in entry.items() if key in FIELDS}
-  for key, value in fields.items():
-    if not _is(FIELDS[key], value):
-      raise _bad(where, key, value, FIELDS[key])
-  return Job(
-    where,
-    job_id,
-    tuple(str(folder / pathlib.Path(name).expanduser()) for name in images),
-    _turns(entry, where),
-    fields,
-    json.dumps(entry, sort_keys=True),
-  )
+def _id(line: bytes) -> Id | None:
+  """What a line names itself, even where it cannot be used otherwise."""
+  with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
+    found = json.loads(line.decode(errors="replace"))["id"]
+    json.dumps(found, allow_nan=False, ensure_ascii=False).encode()
+    return found if type(found) in (str, int, float) else None
+  return None
+
+
+def _parse(line: bytes, job_id: Id, where: str, folder: pathlib.Path) -> Job:
+  try:
+    entry = files.parse_json(line, "line")
+    for key in entry:
+      if key not in _KEYS:
+        near = config_lib.nearest(key, _KEYS)
+        raise DataError(
+          "line",
+          f"the field {shorten(key)}",
+          f"one of {', '.join(_KEYS)}",
+          f"write {near}" if near else "leave it out",
+        )
+    kinds = (str, int, float, type(None))
+    files.check_kind(entry.pop("id", None), "line: field id", kinds)
+    fields = {key: value for key, value in entry.items() if key in FIELDS}
+    for key, value in fields.items():
+      if not _is(FIELDS[key], value):
+        raise _bad(key, value, FIELDS[key])
+    images, turns = _images(entry, folder), _turns(entry)
+    content = json.dumps(entry, sort_keys=True)
+    return Job(where, job_id, images, turns, fields, content)
+  except UserError as e:
+    return Job(where, job_id, error=e)
+  except Exception as e:  # whatever it is, the other lines are answered
+    error = DataError("line", repr(e)[:200], "a question", "correct the line")
+    return Job(where, job_id, error=error)
 
 
 def _is(kind: str, value: object) -> bool:
   if kind == "a whole number":
     return type(value) is int
-  if kind == "a number":
-    return type(value) in (int, float)
+  if kind == "a number":  # a whole number may be beyond float64
+    return isinstance(value, float) or (
+      type(value) is int and abs(value) < 2**1023
+    )
   return _is_texts(value)
 
 
@@ -129,24 +158,29 @@ def _is_texts(value: object) -> bool:
   return all(isinstance(text, str) and text for text in texts)
 
 
-def _object(line: bytes, where: str) -> dict:
+def _images(entry: dict, folder: pathlib.Path) -> tuple[str, ...]:
+  names = [] if entry.get("image") is None else entry["image"]
+  if not _is_texts(names):
+    raise _bad("image", names, "a path or a list of paths")
+  names = [names] if isinstance(names, str) else names
+  where = "line: field image"
   try:
-    entry = json.loads(line)
-  except ValueError as e:
-    raise DataError(f"{where}: not JSON ({e}); correct the line") from e
-  if not isinstance(entry, dict):
-    raise DataError(
-      f"{where}: found {type(entry).__name__}, expected an object; correct the "
-      "line"
+    return tuple(
+      str(files.path_inside(folder, os.path.expanduser(name), where))
+      for name in names
     )
-  return entry
+  except DataError as e:
+    fix = "correct the path, or set --image_folder to a folder that holds it"
+    raise DataError(e.where, e.got, e.expected, fix) from e
 
 
-def _turns(entry: dict, where: str) -> tuple[tuple[str, str | None], ...]:
+def _turns(entry: dict) -> tuple[tuple[str, str | None], ...]:
   if ("question" in entry) == ("turns" in entry):
     raise DataError(
-      f"{where}: has {'both' if 'turns' in entry else 'neither'} "
-      "'question' and 'turns', expected one of them; correct the line"
+      "line",
+      f"{'both' if 'turns' in entry else 'neither'} question and turns",
+      "one of them",
+      "correct the line",
     )
   if "question" in entry:
     turns: Any = [[entry["question"], None]]
@@ -155,26 +189,23 @@ def _turns(entry: dict, where: str) -> tuple[tuple[str, str | None], ...]:
     turns, field = entry["turns"], "turns"
   expected = "[question, answer] each, the last answer null"
   if not isinstance(turns, list) or not turns:
-    raise _bad(where, field, turns, expected)
+    raise _bad(field, turns, expected)
   for i, turn in enumerate(turns, 1):
     if not isinstance(turn, list) or len(turn) != 2:
-      raise _bad(where, field, turn, expected)
+      raise _bad(field, turn, expected)
     question, answer = turn
     if not isinstance(question, str) or not question.strip():
-      raise _bad(where, field, question, "a question")
+      raise _bad(field, question, "a question")
     if (answer is None) != (i == len(turns)) or not isinstance(
       answer, str | None
     ):
-      raise _bad(where, field, turn, expected)
+      raise _bad(field, turn, expected)
   return tuple((question, answer) for question, answer in turns)
 
 
-def _bad(where: str, field: str, found: object, expected: str) -> DataError:
-  text = json.dumps(found)
-  text = text if len(text) <= 60 else text[:57] + "..."
+def _bad(field: str, found: object, expected: str) -> DataError:
   return DataError(
-    f"{where}: field {field!r}: found {text}, expected {expected}; correct the "
-    "line"
+    f"line: field {field}", shorten(found), expected, "correct the line"
   )
 
 
@@ -201,43 +232,56 @@ class Answers:
       DataError: the file cannot be written to, or has other answers.
     """
     self._keys = {job.id: _key(job, settings) for job in jobs}
-    file = pathlib.Path(path).expanduser()
-    try:
-      old = file.read_bytes() if file.exists() else b""
-      lines = old.splitlines(keepends=True)
-      incomplete = bool(lines) and not lines[-1].endswith(b"\n")
-      lines = lines[: len(lines) - incomplete]
-      entries = [_object(x, f"{path}:{i}") for i, x in enumerate(lines, 1)]
-      for number, entry in enumerate(entries, 1):
-        self._check(entry, f"{path}:{number}")
-      kept = [
-        line
-        for line, entry in zip(lines, entries, strict=True)
-        if "error" not in entry
-      ]
-      if b"".join(kept) != old:
-        part = file.with_name(file.name + ".part")
-        part.write_bytes(b"".join(kept))
-        os.replace(part, file)
+    file = files.expand_user(path)
+    old = files.read_bytes(file) if os.path.lexists(file) else b""
+    *lines, last = old.split(b"\n")
+    if not _is_torn(last):
+      lines.append(last)
+    self.done: set[Id] = set()
+    kept, failed = [], 0
+    for number, line in enumerate(lines, 1):
+      job_id = self._answered(line, f"{path}:{number}")
+      if job_id is None:
+        failed += bool(line)
+      else:
+        self.done.add(job_id)
+        kept.append(line + b"\n")
+    if b"".join(kept) != old:
+      files.write_atomic(file, b"".join(kept), DataError)
+    with files.storage(path, DataError):
       # Unbuffered: on a full disk, closing must not try once more.
       self._file = file.open("ab", buffering=0)
-    except OSError as e:
-      raise _not_writable(path, e) from e
-    self.done = {e["id"] for e in entries if "error" not in e}
-    failed = len(lines) - len(kept)
-    notes = ["an incomplete last line"] * incomplete
+    notes = ["an incomplete last line"] * bool(last and _is_torn(last))
     notes += [f"{failed} line{'s' * (failed > 1)} with an error"] * bool(failed)
     self.note = f"{path}: dropped {' and '.join(notes)}" if notes else ""
 
-  def _check(self, entry: dict, where: str) -> None:
-    job_id: Any = entry.get("id")
-    expected = self._keys.get(job_id) if type(job_id) in (str, int) else None
-    if entry.get("key") != expected or expected is None:
+  def _answered(self, line: bytes, where: str) -> Id | None:
+    """The id of the job whose answer a line has; None where it has none.
+
+    Raises:
+      DataError: it is no answer to one of the jobs.
+    """
+    if not line:
+      return None
+    try:
+      entry = files.parse_json(line, where)
+      if "error" in entry:
+        return None
+      job_id = files.get_field(entry, "id", (str, int, float), where)
+      key = files.get_field(entry, "key", str, where)
+      files.get_field(entry, "answer", str, where)
+    except DataError as e:
+      fix = "delete the line and it is answered again, or name another file"
+      raise DataError(e.where, e.got, e.expected, fix) from e
+    if key != self._keys.get(job_id):
       raise DataError(
-        f"{where}: an answer to id {job_id!r} of another job: the question, "
-        "its image, the checkpoint or a flag was another; name another file, "
-        "or delete this one"
+        where,
+        f"an answer to id {shorten(job_id)} of another job: the question, "
+        "its image, the checkpoint or a flag was another",
+        "answers to this job",
+        "name another file, or delete this one",
       )
+    return job_id
 
   def write(self, job: Job, **fields: Any) -> None:
     """Appends what came of a job; a kill after this does not lose it.
@@ -247,21 +291,21 @@ class Answers:
     """
     line = {"id": job.id, **fields, "key": self._keys[job.id]}
     data = (json.dumps(line, ensure_ascii=False) + "\n").encode()
-    try:
+    with files.storage(self._file.name, DataError):
       while data:
         data = data[self._file.write(data) :]
-    except OSError as e:
-      raise _not_writable(self._file.name, e) from e
 
   def close(self) -> None:
     self._file.close()
 
 
-def _not_writable(path: str, e: OSError) -> DataError:
-  return DataError(
-    f"{path}: cannot be written to ({e.strerror}); name another file or make "
-    "room"
-  )
+def _is_torn(line: bytes) -> bool:
+  """Whether a last line without an end may be all that came of an answer.
+
+  After a power cut there may be zeros instead.
+  """
+  begins = line.startswith(_BEGINNING) and b'"question"' not in line
+  return begins or _BEGINNING.startswith(line) or not line.strip(b"\0")
 
 
 def _key(job: Job, settings: object) -> str:

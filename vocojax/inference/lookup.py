@@ -5,12 +5,11 @@ Read next: engine.py (`compress`), store.py.
 
 import collections
 import dataclasses
-import pathlib
 import time
 from collections.abc import Sequence
 
-from vocojax.data import images
-from vocojax.errors import DataError, UserError
+from vocojax.core import files as files_lib
+from vocojax.errors import UserError
 from vocojax.inference.cache import VocoCache, concatenate, image_hash
 from vocojax.inference.engine import Engine
 from vocojax.inference.store import CacheStore
@@ -100,10 +99,10 @@ class Lookup:
     files: dict[str, _File] = {}
     for path in dict.fromkeys(paths):
       try:
-        content = pathlib.Path(path).expanduser().read_bytes()
+        content = files_lib.read_bytes(files_lib.expand_user(path))
         files[path] = _File(path, content, image_hash(content))
-      except OSError as e:
-        found[path] = _unreadable(path, e)
+      except UserError as e:
+        found[path] = e
     caches: dict[str, tuple[VocoCache | UserError, str]] = {}  # by hash
     for look, source in (
       (self._in_memory, "memory"),
@@ -143,7 +142,9 @@ class Lookup:
       cache = self._engine.compress([x.content for x in files])
     except UserError as e:
       if len(files) == 1:
-        return {files[0].hash: _with_name(e, files[0])}
+        # The engine was not told its name.
+        named = type(e)(files[0].path, e.got, e.expected, e.fix)
+        return {files[0].hash: named}
       # A bad one must not spoil the others.
       return {x.hash: self._in_model([x])[x.hash] for x in files}
     self.seconds += time.perf_counter() - started
@@ -165,19 +166,6 @@ class Lookup:
     if isinstance(cache, UserError):
       return cache
     return Found(path, cache, self._engine.num_patches, source)
-
-
-def _unreadable(path: str, e: OSError) -> DataError:
-  return DataError(f"{path}: cannot be read ({e.strerror}); name an image file")
-
-
-def _with_name(e: UserError, file: _File) -> UserError:
-  """The error about a file whose name the engine was not told."""
-  try:
-    images.decode_image(file.content, file.path)
-  except DataError as named:
-    return named
-  return e
 
 
 def join(found: Sequence[Found | UserError]) -> VocoCache | None:

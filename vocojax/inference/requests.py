@@ -11,7 +11,7 @@ import transformers
 from vocojax.core import files
 from vocojax.data import images, prompt
 from vocojax.data.images import ImageLike
-from vocojax.errors import UserError
+from vocojax.errors import UserError, shorten
 from vocojax.inference.cache import CacheOrigin, VocoCache, image_hash
 from vocojax.inference.sampling import Sampling
 from vocojax.inference.text import AnswerText
@@ -142,16 +142,16 @@ def prepare(
   Args:
     request: the request.
     cache: of its images.
-    index: its number, for errors.
+    index: its number.
     room: what it must fit into.
 
   Raises:
     UserError: it cannot be answered.
   """
-  where = f"request {index}"
-  _check_fields(request, where, room)
+  _check_fields(request, room)
   if cache is not None:
-    _check_cache(cache, where, room)
+    _check_cache(cache, room)
+  _check_markers(request, 0 if cache is None else cache.num_images)
   ids, _ = prompt.encode(
     room.layout,
     room.tokenizer,
@@ -161,52 +161,80 @@ def prepare(
   )
   if len(ids) > room.max_text_length:
     raise UserError(
-      f"{where}: its prompt has {len(ids)} tokens, but a row has room for "
-      f"{room.max_text_length}; shorten it, or set max_text_length to more"
+      "prompt",
+      f"{len(ids)} tokens",
+      f"at most {room.max_text_length}",
+      "shorten it, or set max_text_length to more",
     )
   text = AnswerText(room.tokenizer, request.stop, request.on_text)
   return Job(index, request, cache, ids, room, text)
 
 
-def _check_fields(request: Request, where: str, room: Room) -> None:
+def _check_fields(request: Request, room: Room) -> None:
   if not request.turns:
-    raise UserError(f"{where}: no question; give at least one turn")
+    raise UserError("turns", "none", "at least one", "ask a question")
   for i, (question, answer) in enumerate(request.turns):
+    where = "question" if len(request.turns) == 1 else f"question {i}"
     last = i + 1 == len(request.turns)
     if not question.strip():
-      raise UserError(f"{where}: question {i} is empty; ask something")
+      raise UserError(where, "an empty text", "a question", "ask something")
+    files.refuse_surrogates(question, where, UserError)
     if (answer is None) != last:
       raise UserError(
-        f"{where}: turn {i} has {'an' if last else 'no'} answer; all turns "
-        "but the last need one, and the last has None"
+        f"answer {i}",
+        shorten(answer),
+        "None, as the last answer" if last else "text",
+        "give all turns but the last an answer",
       )
+    files.refuse_surrogates(answer or "", f"answer {i}", UserError)
   if request.max_new_tokens < 1:
     raise UserError(
-      f"{where}: max_new_tokens is {request.max_new_tokens}, expected at least "
-      "1"
+      "max_new_tokens",
+      f"{request.max_new_tokens}",
+      "at least 1",
+      "set it to more",
     )
   for token in request.stop_token_ids:
     if not 0 <= token < room.vocab_size:
       raise UserError(
-        f"{where}: stop token {token} is unknown; the model's tokens are 0 to "
-        f"{room.vocab_size - 1}"
+        "stop_token_ids",
+        f"{token}",
+        f"tokens of the model, 0 to {room.vocab_size - 1}",
+        "correct it",
       )
   if "" in request.stop:
-    raise UserError(f"{where}: a stop string is empty; leave it out")
+    raise UserError("stop", "an empty text", "a text", "leave it out")
 
 
-def _check_cache(cache: VocoCache, where: str, room: Room) -> None:
-  cache.check(room.origin, where)
+def _check_markers(request: Request, num_images: int) -> None:
+  """Markers stand for the images, one each; without any they come first."""
+  count = sum(q.count(prompt.IMAGE_MARKER) for q, _ in request.turns)
+  if count not in (0, num_images):
+    raise UserError(
+      "question",
+      f"{count} {prompt.IMAGE_MARKER}",
+      f"{num_images}, as there are images, or none"
+      if num_images
+      else "none, as there is no image",
+      "give the images, or correct the text",
+    )
+
+
+def _check_cache(cache: VocoCache, room: Room) -> None:
+  cache.check(room.origin, "images")
   if cache.num_images > room.max_images:
     raise UserError(
-      f"{where}: {cache.num_images} images, but a row has room for "
-      f"{room.max_images}; leave some out, or set max_images to more"
+      "images",
+      f"{cache.num_images}",
+      f"at most {room.max_images}",
+      "leave some out, or set max_images to more",
     )
   if cache.num_voco_tokens > room.num_image_tokens:
     raise UserError(
-      f"{where}: its cache has {cache.num_voco_tokens} tokens per image, but a "
-      f"row has room for {room.num_image_tokens}; truncate the cache, or set "
-      "num_voco_tokens to more"
+      "images",
+      f"{cache.num_voco_tokens} tokens each",
+      f"at most {room.num_image_tokens}",
+      "truncate the cache, or set num_voco_tokens to more",
     )
 
 

@@ -48,7 +48,7 @@ class Sampling:
 def _require(holds: bool, sampling: Sampling, field: str, expected: str):
   if not holds:
     raise UserError(
-      f"sampling.{field}: found {getattr(sampling, field)}, expected {expected}"
+      field, f"{getattr(sampling, field)}", expected, "choose a value within it"
     )
 
 
