@@ -256,10 +256,10 @@ def _texts(value: str | Sequence[str]) -> tuple[str, ...]:
 def _answer(engine, lookup, make, paths: list[str], question: str) -> None:
   """Answers one question on stdout."""
   images = lookup.find(paths)
-  cache = join(images)
+  request = make([(question, None)], join(images), on_text=_write)
   for image in images:
     print(image, file=sys.stderr)
-  [result] = engine.run([make([(question, None)], cache, on_text=_write)])
+  [result] = engine.run([request])
   print()
   if result.finish_reason == "length":
     print(
