@@ -23,6 +23,7 @@ import time
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from PIL import Image
 
 import vocojax
 from tests import runs
@@ -340,12 +341,15 @@ def test_lines_that_cannot_be_used(folder, answers, program, tmp_path):
   """Each has an error, at each run again, and the others are answered."""
   os.mkfifo(folder / "pipe.png")
   (folder / "zero.png").symlink_to("/dev/zero")
+  Image.new("RGB", (1, 40_000), "red").save(folder / "tall.png")
+  Image.new("L", (1, 70_000)).save(folder / "higher.png")
   good = [
     *LINES[:3],
     {"id": 0, "question": QUESTIONS[0]},
     {"question": QUESTIONS[0]},
     {"id": "marked", "image": "0.png", "question": "<image>\n" + QUESTIONS[0]},
     {"id": 2.5, "image": None, "question": QUESTIONS[0]},
+    {"id": "tall", "image": "tall.png", "question": QUESTIONS[0]},
   ]
   ask_red = {"question": QUESTIONS[0]}
   bad = [
@@ -353,6 +357,10 @@ def test_lines_that_cannot_be_used(folder, answers, program, tmp_path):
     ({"id": "up", "image": "../0.png"} | ask_red, "line: field image: got "),
     ({"id": "pipe", "image": "pipe.png"} | ask_red, f"{folder}/pipe.png: got "),
     ({"id": "zero", "image": "zero.png"} | ask_red, f"{folder}/zero.png: got "),
+    (
+      {"id": "higher", "image": "higher.png"} | ask_red,
+      f"{folder}/higher.png: got 1 x 70,000 pixels, ",
+    ),
     ({"id": "half", "question": "\ud83d ?"}, "line: got half of a surrogate "),
     ({"id": "mark", "question": "<image> ?"}, "question: got 1 <image>, "),
     (

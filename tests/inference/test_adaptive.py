@@ -184,8 +184,10 @@ def test_caches_that_were_cut_and_text_alone(engine):
 
 
 def test_refusals(engine, folder):
-  with pytest.raises(UserError, match="threshold: found 1"):
+  with pytest.raises(UserError) as e:
     adaptive.run(engine, _requests()[:1], 1.5)
+  assert (e.value.where, e.value.got) == ("threshold", "1.5")
   full = _engine(engines.setup(folder, "full"))
-  with pytest.raises(UserError, match="tokens cannot be cut"):
+  with pytest.raises(UserError) as e:
     adaptive.run(full, _requests()[:1], 0.1)
+  assert e.value.got == "an engine whose image tokens cannot be cut"

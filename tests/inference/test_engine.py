@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import io
+import pathlib
 import subprocess
 import sys
 
@@ -9,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import runs
 from tests.inference import engines
 from tests.models import builders
 from vocojax.data import prompt
-from vocojax.errors import CacheError, DataError, UserError
+from vocojax.errors import DataError, UserError
 from vocojax.inference.engine import Engine
 from vocojax.inference.requests import Request
 from vocojax.inference.sampling import Sampling, SamplingRows, sample
@@ -342,54 +345,101 @@ def test_a_mesh_gives_the_same(engine, folder):
 
 
 @pytest.mark.parametrize(
-  "fields, words",
+  "fields, where, got",
   [
-    ({"turns": []}, "no question"),
-    ({"turns": [(" \n", None)]}, "question 0 is empty"),
-    ({"turns": [("a", None), ("b", None)]}, "turn 0 has no answer"),
-    ({"turns": [("a", "b")]}, "turn 0 has an answer"),
-    ({"turns": [("red " * 81, None)]}, "has 82 tokens, .* room for 80"),
-    ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-    ({"stop_token_ids": (20,)}, "stop token 20 is unknown.* 0 to 19"),
-    ({"stop_token_ids": (-1,)}, "stop token -1 is unknown"),
-    ({"stop": ("a", "")}, "a stop string is empty"),
+    ({"turns": []}, "turns", "none"),
+    ({"turns": [(" \n", None)]}, "question", "an empty text"),
+    ({"turns": [("a", "b"), ("", None)]}, "question 1", "an empty text"),
+    ({"turns": [("a", None), ("b", None)]}, "answer 0", "None"),
+    ({"turns": [("a", "b")]}, "answer 0", "'b'"),
+    ({"turns": [("red " * 81, None)]}, "prompt", "82 tokens"),
+    ({"turns": [("\ud83d ?", None)]}, "question", "half of a surrogate pair"),
+    (
+      {"turns": [("a", "\udc00"), ("b", None)]},
+      "answer 0",
+      "half of a surrogate pair",
+    ),
+    ({"turns": [("<image>\na", None)]}, "question", "1 <image>"),
+    ({"max_new_tokens": 0}, "max_new_tokens", "0"),
+    ({"stop_token_ids": (20,)}, "stop_token_ids", "20"),
+    ({"stop_token_ids": (-1,)}, "stop_token_ids", "-1"),
+    ({"stop": ("a", "")}, "stop", "an empty text"),
   ],
 )
-def test_errors_of_requests(engine, fields, words):
-  fields = {"turns": [("is it green ?", None)]} | fields
-  with pytest.raises(UserError, match=f"request 0: .*{words}") as e:
-    engine.check(Request(**fields))
-  assert "\n" not in str(e.value)
+def test_errors_of_requests(engine, fields, where, got):
+  """Named by their numbers where there are several."""
+  request = Request(**({"turns": [("is it green ?", None)]} | fields))
+  for use, before in (
+    (lambda: engine.check(request), ""),
+    (lambda: engine.run([question(), request]), "request 1: "),
+    (lambda: engine.foretell([request]), "request 0: "),
+  ):
+    with pytest.raises(UserError) as e:
+      use()
+    assert e.value.where == before + where
+    assert e.value.got.startswith(got)
+
+
+def test_markers_are_as_many_as_images_or_none(engine, cache):
+  """One in each of several turns, or in answers, which are no questions."""
+  text, two = "<image>", cache.select([0, 1])
+  for turns in (
+    [("a", None)],
+    [(f"{text} a {text}", None)],
+    [(f"{text} a", f"b {text}"), (f"{text} c", None)],
+    [("a", f"b {text}"), ("c", None)],
+  ):
+    engine.check(Request(turns, two))
+  for turns, got in (
+    ([(text, None)], "1 <image>"),
+    ([(f"{text}a{text}", "b"), (text, None)], "3 <image>"),
+  ):
+    with pytest.raises(UserError) as e:
+      engine.check(Request(turns, two))
+    assert (e.value.where, e.value.got) == ("question", got)
 
 
 def test_errors_of_images(engine, cache, folder):
-  three = cache.select([0, 1, 2])
-  with pytest.raises(UserError, match="3 images, but a row has room for 2"):
-    engine.check(question(images=three))
   more = dataclasses.replace(
     cache,
     keys=np.repeat(cache.keys, 2, axis=2),
     values=np.repeat(cache.values, 2, axis=2),
   )
-  with pytest.raises(UserError, match=r"6 tokens per image, .* room for 3"):
-    engine.check(question(images=more.select([0])))
   origin = dataclasses.replace(cache.origin, layout="other/1")
   foreign = dataclasses.replace(cache, origin=origin)
-  with pytest.raises(CacheError, match=r"request 0: made by .*other/1"):
-    engine.check(question(images=foreign))
-  with pytest.raises(DataError, match=r"nothing.png: got no such file"):
-    engine.compress(folder / "nothing.png")
-  with pytest.raises(DataError, match=r"data.json: got a file that begins"):
-    engine.ask("is it green ?", folder / "data.json")
-  with pytest.raises(DataError, match="uint8"):
-    engine.compress(np.zeros((8, 8), np.uint8))
-  with pytest.raises(UserError, match="found none"):
-    engine.compress([])
+  for images, where, got in (
+    (cache.select([0, 1, 2]), "images", "3"),
+    (more.select([0]), "images", "6 tokens each"),
+    (foreign, "images", "images compressed by model "),
+    (folder / "nothing.png", f"{folder}/nothing.png", "no such file"),
+    (folder / "data.json", f"{folder}/data.json", "a file that begins"),
+    (pathlib.Path("~nosuchuser/a.png"), "~nosuchuser/a.png", "a user that "),
+    ("/dev/zero", "/dev/zero", "a device"),
+    ("a\0.png", "a\\x00.png", ""),
+    (b"", "image", "an empty file"),
+    (np.zeros((8, 8), np.uint8), "image", "an array of uint8 [8, 8]"),
+    (np.zeros((0, 8, 3), np.uint8), "image", "8 x 0 pixels"),
+    ([], "images", "none"),
+  ):
+    with pytest.raises(UserError) as e:
+      engine.check(question(images=images))
+    assert e.value.where == where
+    assert e.value.got.startswith(got)
+
+
+def test_an_opened_image_that_is_broken(engine, folder):
+  data = (folder / "0.png").read_bytes()
+  opened = Image.open(io.BytesIO(data[: len(data) // 2]))
+  with pytest.raises(DataError) as e:
+    engine.compress(opened)
+  assert e.value.where == "image"
 
 
 def test_errors_of_sizes(folder):
-  with pytest.raises(UserError, match="slots: found 0, expected at least 1"):
+  with pytest.raises(UserError) as e:
     engines.engine(folder, slots=0)
+  error = e.value
+  assert (error.where, error.got) == ("slots", "0")
 
 
 def test_the_package_is_light():

@@ -11,6 +11,8 @@ import math
 import os
 import re
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -19,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from vocojax.core import files
 from vocojax.errors import DataError, shorten
 
+T = TypeVar("T")
 ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 # Pillow opens nothing else: of EPS files it would have Ghostscript run.
@@ -68,7 +71,8 @@ class ImageProcessor:
     Raises:
       DataError: as of `decode_image`.
     """
-    return self.scale(decode_image(image, name))
+    name = name or _name(image)
+    return _readable(name, lambda: self.scale(decode_image(image, name)))
 
   def scale(self, image: Image.Image) -> UInt8[np.ndarray, "S S 3"]:
     """Pixels of an image that `decode_image` gave."""
@@ -167,8 +171,8 @@ def _too_large(name: str, got: str) -> DataError:
   )
 
 
-def _readable(name: str, read) -> Image.Image:
-  """What `read()` gives."""
+def _readable(name: str, read: Callable[[], T]) -> T:
+  """What `read()` gives; whatever it raises is an error of the image."""
   try:
     return read()
   except DataError:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 
 from vocojax.core import files as files_lib
+from vocojax.data import images
 from vocojax.errors import UserError
 from vocojax.inference.cache import VocoCache, concatenate, image_hash
 from vocojax.inference.engine import Engine
@@ -99,7 +100,9 @@ class Lookup:
     files: dict[str, _File] = {}
     for path in dict.fromkeys(paths):
       try:
-        content = files_lib.read_bytes(files_lib.expand_user(path))
+        content = files_lib.read_bytes(
+          files_lib.expand_user(path), limit=images.MAX_BYTES
+        )
         files[path] = _File(path, content, image_hash(content))
       except UserError as e:
         found[path] = e

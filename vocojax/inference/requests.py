@@ -256,7 +256,6 @@ def read_image(
   name = ""
   if isinstance(image, str | os.PathLike):
     name = str(image)
-    image = files.read_bytes(os.path.expanduser(name), limit=images.MAX_BYTES)
-  digest = image_hash(image)
-  processor = images.ImageProcessor(size, pad_to_square)
-  return processor(image, name or f"image {digest[:12]}"), digest
+    image = files.read_bytes(files.expand_user(name), limit=images.MAX_BYTES)
+  pixels = images.ImageProcessor(size, pad_to_square)(image, name)
+  return pixels, image_hash(image)
