@@ -11,7 +11,6 @@ minutes. Read next: ahead/measure.py.
 
 import dataclasses
 import json
-import pathlib
 import sys
 from typing import Any
 
@@ -23,6 +22,7 @@ from vocojax.ahead import measure, picture, programs, search, topology
 from vocojax.ahead.measure import DoesNotFitError, Measurement
 from vocojax.ahead.topology import GIB
 from vocojax.config import Config, phases
+from vocojax.core import files
 from vocojax.errors import UserError
 from vocojax.training import sharding
 
@@ -56,7 +56,7 @@ def main() -> int:
   # Nothing is to run, least of all on a device that another program may need.
   jax.config.update("jax_platforms", "cpu")
   if _MAX_BATCH.value and _WHAT.value == "serve":
-    raise UserError("--max_batch: found with --what=serve, expected 'train'")
+    raise UserError("--max_batch", "--what=serve", "--what=train", "drop it")
   config = phases(_CONFIG.value)[-1]
   chip, devices = topology.describe(_TOPOLOGY.value)
   mesh = sharding.make_mesh(config.mesh, devices)
@@ -81,9 +81,10 @@ def main() -> int:
     report |= _search(config, mesh, chip, None if failed else measured[0])
   report["programs"] = [m.as_json(chip) for m in measured]
   if _JSON.value:
-    _write(_JSON.value, json.dumps(report, indent=1))
+    path = files.expand_user(_JSON.value)
+    files.write_atomic(path, json.dumps(report, indent=1))
   if _PLOT.value and measured:
-    picture.draw(measured, chip, title, pathlib.Path(_PLOT.value))
+    picture.draw(measured, chip, title, files.expand_user(_PLOT.value))
   return 1 if failed else 0
 
 
@@ -186,15 +187,6 @@ def _search(config: Config, mesh, chip, first: Measurement | None) -> dict:
     f"largest batch: {best} samples a chip, peak {m.peak_bytes / GIB:.2f} GiB"
   )
   return {"max_samples_per_chip": best, "max_batch": m.as_json(chip)}
-
-
-def _write(path: str, text: str) -> None:
-  try:
-    pathlib.Path(path).expanduser().write_text(text)
-  except OSError as e:
-    raise UserError(
-      f"{path}: cannot be written to ({e.strerror}); choose another file"
-    ) from e
 
 
 if __name__ == "__main__":

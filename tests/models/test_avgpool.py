@@ -69,8 +69,10 @@ def test_stream():
 
 
 def test_regions_must_divide_the_patches():
-  with pytest.raises(ConfigError, match="3 regions of 1 x 3 do not divide 4"):
+  with pytest.raises(ConfigError) as e:
     image_stream(build(3).config, builders.TOKENS)
+  assert e.value.where == "config.model.compressor.num_voco_tokens"
+  assert e.value.got == "3, regions of 1 x 3"
 
 
 def test_two_streams_equal_the_joint_pass():

@@ -114,8 +114,9 @@ def test_needs_to_know_who_shares_an_image():
   batch = builders.batch(np.random.default_rng(0), vlm, rows, 130)
   batch = jax.tree.map(jnp.asarray, batch)
   del batch["image_segment_ids"]
-  with pytest.raises(ConfigError, match="conversations_per_record"):
+  with pytest.raises(ConfigError) as e:
     attention.text_attention(vlm.config, batch, jnp.ones((2, 3, 1), bool))
+  assert e.value.where == "config.data.conversations_per_record"
 
 
 @pytest.mark.parametrize("B, G", [(4, 2), (3, 1)])

@@ -7,7 +7,7 @@ import numpy as np
 
 from vocojax.ahead.measure import Measurement
 from vocojax.ahead.topology import GIB, Chip
-from vocojax.errors import UserError
+from vocojax.core import files
 from vocojax.evals.plots import new_figure
 
 
@@ -38,9 +38,5 @@ def draw(
   axes.set_title(title)
   axes.invert_yaxis()
   figure.legend(loc="outside lower center", ncols=2, frameon=False)
-  try:
+  with files.storage(path):
     figure.savefig(path)
-  except OSError as e:
-    raise UserError(
-      f"--plot={path}: cannot be written to ({e.strerror}); choose another file"
-    ) from e

@@ -12,7 +12,7 @@ import re
 import jax
 from jax.experimental import topologies
 
-from vocojax.errors import UserError
+from vocojax.errors import UserError, shorten
 
 GIB = 2**30
 
@@ -70,13 +70,17 @@ def describe(name: str) -> tuple[Chip, list]:
   if not chip or not re.fullmatch(rf"\d+(x\d+){{{directions}}}", layout):
     examples = ", ".join(chip.example for chip in CHIPS.values())
     raise UserError(
-      f"--topology={name}: unknown, expected a chip and how many there are in "
-      f"each direction, such as {examples}"
+      "--topology",
+      shorten(name),
+      f"a chip and how many there are in each direction, such as {examples}",
+      "correct it",
     )
   if importlib.util.find_spec("libtpu") is None:
     raise UserError(
-      "--topology: the TPU compiler is not installed; run pip install "
-      f'"{_libtpu_requirement()}"'
+      "--topology",
+      "no TPU compiler",
+      "libtpu to be installed",
+      f'run pip install "{_libtpu_requirement()}"',
     )
   # Without these libtpu asks the metadata server of a TPU machine.
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -93,7 +97,10 @@ def describe(name: str) -> tuple[Chip, list]:
     )
   except jax.errors.JaxRuntimeError as e:
     raise UserError(
-      f"--topology={name}: {e}; {chip.example} is one that exists"
+      "--topology",
+      f"{shorten(name)} ({e})",
+      f"one that exists, such as {chip.example}",
+      "correct it",
     ) from e
   return chip, list(topology.devices)
 

@@ -151,9 +151,10 @@ def text_attention(
 
   if "image_segment_ids" not in batch:
     raise ConfigError(
-      "config.data.conversations_per_record: found 0, but splash attention "
-      "needs to know how many conversations may share an image; set it, or "
-      "config.model.attention_kernel to 'xla'"
+      "config.data.conversations_per_record",
+      "0",
+      "how many conversations may share an image, for splash attention",
+      "set it, or config.model.attention_kernel to 'xla'",
     )
   # A key belongs to one segment only: where R conversations share an image, its
   # tokens are there R times.

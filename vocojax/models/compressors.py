@@ -129,9 +129,10 @@ def pool_grid(config: ModelConfig) -> tuple[int, int]:
   rows = max(r for r in range(1, math.isqrt(k) + 1) if k % r == 0)
   if side % rows or side % (k // rows):
     raise ConfigError(
-      f"config.model.compressor.num_voco_tokens: {k} regions of {rows} x "
-      f"{k // rows} do not divide {side} x {side} patches; avgpool needs such "
-      "a number"
+      "config.model.compressor.num_voco_tokens",
+      f"{k}, regions of {rows} x {k // rows}",
+      f"a number whose regions divide {side} x {side} patches, for avgpool",
+      "choose another number",
     )
   return rows, k // rows
 
