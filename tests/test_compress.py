@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from PIL import Image
 
 import vocojax
 from tests import runs
@@ -107,28 +108,37 @@ def test_folder_with_all_sorts_of_files(tmp_path, program, engine):
   (images / "empty.jpg").write_bytes(b"")
   (images / "half.jpeg").write_bytes((REAL / "30.png").read_bytes()[:200])
   (images / "gone.webp").symlink_to("nowhere")
+  os.mkfifo(images / "pipe.png")
+  (images / "zero.png").symlink_to("/dev/zero")
+  Image.new("L", (70_000, 1)).save(images / "wide.png")
+  Image.new("RGB", (1, 40_000), "red").save(images / "tall.png")
+  named = os.fsdecode(os.fsencode(images) + b"/caf\xe9.png")
+  shutil.copy(REAL / "40.png", named)
   (images / "notes.txt").write_text("not meant")
   status, out, err = program(images, store)
   assert status == 1
   failed = [x for x in err.splitlines() if x.startswith("failed: ")]
-  assert [x.split(": ")[1] for x in failed] == [
-    f"{images}/{x}" for x in ("a/text.png", "empty.jpg", "gone.webp")
-  ] + [f"{images}/half.jpeg"]
+  names = ["a/text.png", "empty.jpg", "gone.webp", "half.jpeg"]
+  names += ["pipe.png", "wide.png", "zero.png"]
+  assert [x.split(": ")[1] for x in failed] == [f"{images}/{x}" for x in names]
   for line, words in zip(
     failed,
     (
       "a file that begins with b'not an i'",
       "an empty file",
-      "cannot be read (No such file or directory)",
+      "got no such file, expected a file",
       "an image that can be read",
+      "got a pipe, expected a regular file",
+      "got 70,000 x 1 pixels, expected at most ",
+      "got a device, expected a regular file",
     ),
     strict=True,
   ):
     assert words in line
   lines = out.splitlines()
   assert lines[0] == "each image: 16 patches -> 2 tokens, 512 bytes (float32)"
-  assert lines[1].startswith("25 files: 20 compressed (")
-  assert lines[1].endswith(f" images/s), 1 already in {store}, 4 failed")
+  assert lines[1].startswith("30 files: 22 compressed (")
+  assert lines[1].endswith(f" images/s), 1 already in {store}, 7 failed")
   with CacheStore(str(store)) as opened:
     for name in good:
       content = (images / name).read_bytes()
@@ -137,12 +147,12 @@ def test_folder_with_all_sorts_of_files(tmp_path, program, engine):
       assert found.image_hashes == expected.image_hashes
       np.testing.assert_allclose(found.keys, expected.keys, atol=1e-5)
       np.testing.assert_allclose(found.values, expected.values, atol=1e-5)
-    assert len(opened.ls()) == 20
+    assert len(opened.ls()) == 22
   # Nothing is left to do but what failed.
   (images / "empty.jpg").unlink()
   status, out, _ = program(images, store)
   assert status == 1
-  assert out.startswith(f"24 files: 0 compressed, 21 already in {store}, 3")
+  assert out.startswith(f"29 files: 0 compressed, 23 already in {store}, 6")
 
 
 def test_int8_and_fewer_tokens(tmp_path, folder, program, engine):
@@ -291,20 +301,27 @@ def test_shards_share_the_work(tmp_path, folder, program, whole):
 
 
 @pytest.mark.parametrize(
-  ("arguments", "words"),
+  ("arguments", "where", "got"),
   [
-    (["--images=/nowhere"], "--images=/nowhere: no such folder; name one"),
-    (["--images=EMPTY"], "no file in it ends in one of .bmp .gif .jpeg .jpg"),
-    (["--store=x://y"], "--store=x://y: expected a folder, or a URL"),
-    (["--shard=2/2"], "--shard=2/2: expected I/N with I from 0 to N - 1"),
-    (["--shard=2"], "--shard=2: expected I/N"),
-    (["--num_voco_tokens=3"], "was trained with 2; choose 1 to 2"),
-    (["--checkpoint=/nowhere"], "/nowhere: no folder 'checkpoints' in it"),
-    (["--batch_size=0"], "--batch_size=0: 0 is not a positive integer"),
+    (["--images=/nowhere"], "/nowhere", "no such folder"),
+    (["--images=~nosuchuser/x"], "~nosuchuser/x", "a user that does not exist"),
+    (["--images=EMPTY"], "EMPTY", "no image file"),
+    (["--store=x://y"], "--store", "'x://y'"),
+    (["--store=EMPTY/file"], "EMPTY/file", "a file"),
+    (["--shard=2/2"], "--shard", "'2/2'"),
+    (["--shard=2"], "--shard", "'2'"),
+    ([f"--shard=1/{'9' * 5000}"], "--shard", "'1/9999"),
+    (["--num_voco_tokens=3"], "num_voco_tokens", ""),
+    (["--checkpoint=/nowhere"], "/nowhere", ""),
+    (["--batch_size=0"], "--batch_size", ""),
   ],
 )
-def test_mistakes(tmp_path, folder, program, arguments, words):
+def test_mistakes(tmp_path, folder, program, arguments, where, got):
+  (tmp_path / "file").write_text("mine")
   arguments = [x.replace("EMPTY", str(tmp_path)) for x in arguments]
   status, out, err = program(folder / "many", tmp_path / "s", *arguments)
-  assert (status, out) == (2, "")
-  assert err.startswith("error: ") and words in err and err.count("\n") == 1
+  assert (status, out, err.count("\n")) == (2, "", 1), err
+  where = where.replace("EMPTY", str(tmp_path))
+  assert (
+    err.startswith(f"error: {where}") and f": got {got}" in err
+  ) or not got
