@@ -121,6 +121,10 @@ def get_config() -> ConfigDict:
   c.data.pad_to_square = True  # False: centre crop loses the long side's ends
   c.data.num_workers = 0  # processes that decode; 0 decodes in a thread
   c.data.prefetch_batches = 4  # ready ahead of the step, in host memory
+  # 'truncate' cuts longer texts, as LLaVA does: max_text_length then counts the
+  # positions of images and text together, so a text with an image is cut
+  # earlier, and only text is. A record whose answers are all cut is left out.
+  c.data.on_long_text = "refuse"
   c.data.on_bad_record = "stop"  # 'skip' counts and logs it, and goes on
 
   c.optimizer = ConfigDict()

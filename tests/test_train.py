@@ -68,29 +68,28 @@ def long_answer(entry):
   return entry
 
 
+SKIP = "or leave such records out with config.data.on_bad_record=skip"
 BAD_RECORDS = {
   "truncated": (
     runs.entry(4) | {"image": "truncated.png"},
     "record r4: FOLDER/truncated.png: got image file is truncated",
-    "Fix: replace the file (config.data.on_bad_record=skip would leave it out)",
+    f"Fix: replace the file, {SKIP}",
   ),
   "missing_file": (
     runs.entry(5) | {"image": "nowhere.png"},
     "record r5: FOLDER/nowhere.png: got no such file, ",
-    " (config.data.on_bad_record=skip would leave it out)",
+    SKIP,
   ),
   "missing_field": (
     without_value(runs.entry(6)),
     "FOLDER/missing_field.json record 0 (id 'r6'): field "
-    "conversations[0].value: found 'nothing', expected text; add it or remove "
-    "the record",
-    " (config.data.on_bad_record=skip would leave it out)",
+    "conversations[0]: field value: got nothing, expected text. Fix: add it, ",
+    SKIP,
   ),
   "long_answer": (
     long_answer(runs.entry(7)),
-    "record r7: a conversation of ",
-    " tokens, expected at most 24; raise config.data.max_text_length or "
-    "shorten the answers (config.data.on_bad_record=skip would leave it out)",
+    "record r7: got a conversation of ",
+    SKIP,
   ),
 }
 
@@ -161,15 +160,16 @@ def test_wrong_settings(program, folder):
       ),
       (
         ["--config.data.train_split=train[:0]"],
-        f"{folder}/data.json: split 'train[:0]' has no records, expected at "
-        "least one; choose another in config.data.train_split or "
+        f"{folder}/data.json: got no records in split 'train[:0]', expected at "
+        "least one. Fix: choose another config.data.train_split or "
         "config.evaluation.split",
       ),
       (
         # Noticed before the training, not after it.
         ["--config.training.evaluate", "--config.evaluation.split=test"],
-        f"{folder}/data.json: no split 'test'; a JSON file is one split, "
-        "'train', of which 'train[:1000]' or 'train[90%:]' are slices",
+        f"{folder}/data.json: got no split 'test', expected 'train' or a slice "
+        "of it, such as 'train[:1000]' or 'train[90%:]'. Fix: correct "
+        "config.data.train_split or config.evaluation.split",
       ),
       (
         ["--config.model.llm.vocab_size=21"],
@@ -277,14 +277,13 @@ def test_7b_config_says_what_is_missing(program, folder):
   ]
   hub = "on the Hugging Face hub"
   assert found[0] == (
-    "config.data.path: empty, expected the path of a LLaVA-format JSON file; "
+    "config.data.path: got nothing, expected a path. Fix: set it; "
     "llava_v1_5_mix665k.json is in the data set "
     f"liuhaotian/LLaVA-Instruct-150K {hub}"
   )
   assert found[1].startswith(
-    "config.data.image_folder: empty, expected the folder that the image "
-    f"paths in {folder}/data.json are relative to; the images of "
-    "llava_v1_5_mix665k.json belong in coco/train2017, "
+    "config.data.image_folder: got nothing, expected a path. Fix: set it to "
+    "the folder that the image paths in data.json start from"
   )
   assert found[2] == (
     "config.data.tokenizer: not set, expected a Hugging Face tokenizer folder; "

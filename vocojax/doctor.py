@@ -195,9 +195,12 @@ def _survey(data: Any, config: Config) -> Any:
     if not (workdir / "tokenizer").is_dir():
       workdir = pathlib.Path(folder)
     tokenizer = assemble.tokenizer_for(config, source, workdir)
-  assemble.make_model(config, tokenizer)  # whether their vocabularies agree
+  # Raises if their vocabularies do not agree.
+  stream = assemble.make_model(config, tokenizer).stream
   sample = len(source) if _THOROUGH.value else data.SAMPLE
-  return data.survey(source, tokenizer, config, sample)
+  return data.survey(
+    source, tokenizer, config, (stream.start, stream.stride), sample
+  )
 
 
 if __name__ == "__main__":

@@ -55,6 +55,31 @@ class DataError(UserError):
   """A data set, an image, a record or a tokenizer cannot be used."""
 
 
+class OddRecord(DataError):
+  """A record that LLaVA's code trains on and this package does not.
+
+  Attributes:
+    kind: a key of `data.sources.ODD`.
+  """
+
+  def __init__(
+    self,
+    where: Any,
+    got: str = "",
+    expected: str = "",
+    fix: str = "",
+    kind: str = "",
+  ):
+    super().__init__(where, got, expected, fix)
+    self.kind = kind
+
+  def within(self, where: Any) -> "OddRecord":
+    error = super().within(where)
+    assert isinstance(error, OddRecord)
+    error.kind = self.kind
+    return error
+
+
 class CheckpointError(UserError):
   """A checkpoint is missing, incomplete or belongs to another model."""
 

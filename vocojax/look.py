@@ -85,7 +85,9 @@ def _pixels(config: Config) -> UInt8[np.ndarray, "n S S 3"]:
     processor = ImageProcessor(size, config.data.pad_to_square)
     return np.stack([processor(path) for path in paths])
   source = make_source(config.data, config.evaluation.split)
-  records = pipeline.eval_records(source, size, config.data)
+  records = pipeline.eval_records(
+    source, size, config.data, config.prompt.layout
+  )
   found = (pixels[0] for _, pixels in records if len(pixels))
   if not (first := list(itertools.islice(found, SHOWN))):
     raise UserError(

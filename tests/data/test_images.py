@@ -175,6 +175,7 @@ def bad_files():
   read = "an image that can be read"
   yield "half.png", png[: len(png) // 2], "image file is truncated", read
   yield "half.jpg", jpeg[: len(jpeg) // 2], "image file is truncated", read
+  yield "chunk.png", png[:40], "a damaged header", read
   yield "header.png", png[:20], "Truncated File Read", read
   floats = Image.fromarray(np.ones((4, 4), np.float32))
   yield (

@@ -334,10 +334,10 @@ def bad_source(folder):
 
 
 MESSAGES = [
-  "record r4: .*cut.png: got image file is truncated.*replace the file",
+  "record r4: .*cut.png: got .*replace the file",
   "record r8: .*gone.png: got no such file",
-  "record 13 .id 'r13'.: field conversations: found 'nothing'",
-  "record r18: a conversation of 28 tokens, expected at most 24; raise",
+  "record 13 .id 'r13'.: field conversations: got nothing",
+  "record r18: got a conversation of 28 tokens, expected at most 24",
 ]
 BAD = {4, 8, 13, 18}
 
@@ -378,9 +378,10 @@ def test_all_bad_records_of_an_epoch_are_reported(bad_source, words):
 
 def test_bad_record_stops_the_run(bad_source, words):
   data = dataclasses.replace(PACK, on_bad_record="stop")
-  with pytest.raises(DataError, match="on_bad_record=skip would") as e:
+  with pytest.raises(DataError) as e:
     take(batches(bad_source, words, data), 8)
-  assert "\n" not in str(e.value)
+  assert e.value.where.count("record ")
+  assert e.value.fix.endswith("with config.data.on_bad_record=skip")
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -390,8 +391,9 @@ def test_no_good_record(folder, words, num_workers):
   data = dataclasses.replace(PACK, num_workers=num_workers)
   for name, entries in (("unseen", unseen), ("unread", unread)):
     source = source_of(folder, name, entries)
-    with pytest.raises(DataError, match=r"1. bad records in a row of a source"):
+    with pytest.raises(DataError) as e:
       take(batches(source, words, data), 4)
+    assert re.match("1. bad records in a row of a source of 5", e.value.got)
     if num_workers:
       break
 
@@ -400,8 +402,12 @@ def test_nothing_to_train_on(folder, words):
   source = source_of(folder, "skipped", [entry(i) for i in range(5)])
   answers = tuple(map(str, range(5)))
   data = dataclasses.replace(PACK, skip_answers=answers)
-  with pytest.raises(DataError, match=r"shorten config.data.skip_answers"):
-    take(batches(source, words, data), 1)
   encoder = rows.Encoder(words, PROMPT, data, 8)
-  with pytest.raises(DataError, match=r"shorten config.data.skip_answers"):
-    pipeline.rows_per_epoch(source, encoder, data, 0)
+  for count in (
+    lambda: take(batches(source, words, data), 1),
+    lambda: pipeline.rows_per_epoch(source, encoder, data, 0),
+  ):
+    with pytest.raises(DataError) as e:
+      count()
+    assert e.value.where == "config.data"
+    assert e.value.fix == "shorten config.data.skip_answers"

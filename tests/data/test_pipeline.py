@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from vocojax.config import DataConfig, PromptConfig
-from vocojax.data import pipeline, sources, tokenizer
-from vocojax.errors import ConfigError, DataError
+from vocojax.data import pipeline, prompt, sources, tokenizer
+from vocojax.errors import ConfigError, DataError, OddRecord
 
 PROMPT = PromptConfig(layout="qa_v1", strip_newlines="none")
 DATA = DataConfig(
@@ -142,7 +142,7 @@ def test_text_only_row(words):
 def test_several_images(words, folder, tmp_path, layout):
   """From the JSON file on; the text is that of one image."""
   turns = entry(3)["conversations"]
-  marked = [{"from": "human", "value": "number <image> 3 <image>?"}, turns[1]]
+  marked = [{"from": "human", "value": "<image><image>number 3 ?"}, turns[1]]
   one, two = source_of(
     tmp_path,
     folder,
@@ -194,10 +194,72 @@ def test_what_does_not_fit(words):
   assert np.count_nonzero(row["segment_ids"]) == 10
   exact = encoder(record(("?", "1 " * 10)), rng)
   assert exact["segment_ids"].all()
-  with pytest.raises(DataError, match=r"record x: .* 13 tokens.* most 12"):
+  with pytest.raises(OddRecord) as e:
     encoder(record(("?", "1 " * 11)), rng)
-  with pytest.raises(DataError, match=r"record x: 3 images.* at most 2"):
+  assert (e.value.where, e.value.kind) == ("record x", "long")
+  assert e.value.got == "a conversation of 13 tokens"
+  assert e.value.expected == "at most 12"
+  with pytest.raises(DataError) as e:
     encoder(record(five, images=3), rng)
+  assert (e.value.where, e.value.got) == ("record x", "3 images")
+  assert e.value.expected == "at most 2"
+
+
+@pytest.mark.parametrize("images, most", [(0, 20), (1, 20 - 3), (2, 20 - 5)])
+def test_long_texts_are_cut(words, images, most):
+  """At `max_text_length` positions, of which images take 1 and 2 each."""
+  data = dataclasses.replace(
+    DATA, max_text_length=20, on_long_text="truncate", on_bad_record="stop"
+  )
+  encoder = pipeline.Encoder(words, PROMPT, data, 8, (), (1, 2))
+  rng = np.random.default_rng(0)
+  fits = 20 - 1 - (images == 0)  # </s> and, without images, <s>
+  for length in (fits, fits + 1, 40):
+    item = record(("?", "1 " * (length - 1)), images=images)
+    refused = pipeline.Encoder(words, PROMPT, DATA, 8)
+    with pytest.raises(OddRecord):
+      refused(item, np.random.default_rng(0))
+    row = encoder(item, np.random.default_rng(0))
+    whole = prompt.encode(
+      prompt.LAYOUTS["qa_v1"], words, item.conversations[0], images, "none"
+    )
+    count = min(most, len(whole[0]))
+    assert row["input_ids"].tolist()[:count] == whole[0][:count]
+    assert row["labels"].tolist()[:count] == whole[1][:count]
+    assert np.count_nonzero(row["segment_ids"]) == count
+    assert row["input_ids"].shape == (20,)
+  # One token of the answer is enough; none is not.
+  question = "number " * (most - 1 - (images == 0))
+  row = encoder(record((question, "3 4"), images=images), rng)
+  assert np.count_nonzero(row["labels"] != -100) == 1
+  with pytest.raises(OddRecord) as e:
+    encoder(record((f"{question} ?", "3"), images=images), rng)
+  assert e.value.kind == "cut"
+  assert e.value.got == f"no answer among its first {most} tokens"
+  # Of several conversations the others stay.
+  two = record((f"{question} ?", "3"), ("?", "5"), images=images)
+  row = encoder(two, np.random.default_rng(0))
+  assert np.count_nonzero(row["labels"] != -100) == 2
+
+
+@pytest.mark.parametrize("batching", ["shuffle", "pack", "group_by_length"])
+def test_what_is_cut_away_stops_no_run(tmp_path, folder, words, batching):
+  """It is counted, though other bad records stop the run."""
+  data = dataclasses.replace(
+    DATA, on_long_text="truncate", on_bad_record="stop", batching=batching
+  )
+  data = dataclasses.replace(data, micro_batch_size=2)
+  entries = [entry(i) for i in range(NUM_RECORDS)]
+  entries[4]["conversations"][0]["value"] = "number " * 12
+  entries[7]["conversations"][1]["value"] = "7 " * 30
+  source = source_of(tmp_path, folder, entries)
+  found = take(batches(source, words, data), 12)
+  messages = [m for batch in found for m in batch.bad_records]
+  assert len(messages) >= 2
+  assert all(m.startswith("record r4: got no answer") for m in messages)
+  pixels = np.concatenate([batch.arrays["images"] for batch in found])
+  reds = {int(x) for x in pixels[:, :, 0, 0, 0].flat}
+  assert 7 in reds and 4 not in reds
 
 
 def test_slots(folder, words):
@@ -221,14 +283,37 @@ def test_slots(folder, words):
   assert row["image_segment_ids"].tolist() == [[1, 2, 3, 0], [0] * 4]
   long = ((("number ?" + " ?" * 9, "7"),),)
   record = dataclasses.replace(record, conversations=long)
-  with pytest.raises(
-    DataError, match=r"a conversation of 1[0-9] tokens, expec.* 10"
-  ):
+  with pytest.raises(OddRecord) as e:
     encoder(record, np.random.default_rng(0))
+  assert (e.value.kind, e.value.expected) == ("long", "at most 10")
   for changes in ({"max_text_length": 42}, {"conversations_per_record": 0}):
     with pytest.raises(ConfigError) as e:
       dataclasses.replace(data, **changes)
     assert e.value.where == "config.data.batching"
+
+
+def test_system_turns(words):
+  """Before the first question where the layout has a place, else refused."""
+  item = dataclasses.replace(record(("?", "3"), ("4 ?", "5")), system="number")
+  alike = record(("number ?", "3"), ("number 4 ?", "5"))
+  encoder = pipeline.Encoder(words, PROMPT, DATA, 8)
+  rows = [encoder(x, np.random.default_rng(0)) for x in (item, alike)]
+  for key in rows[0]:
+    np.testing.assert_array_equal(rows[0][key], rows[1][key])
+  ((seen, _),) = pipeline.eval_records([item], 8, DATA, "qa_v1")
+  assert seen == alike
+  stop = dataclasses.replace(DATA, on_bad_record="stop")
+  for layout in ("voco_v1", "vicuna_v1", "plain"):
+    prompts = dataclasses.replace(PROMPT, layout=layout)
+    encoder = pipeline.Encoder(words, prompts, DATA, 8)
+    for read in (
+      lambda e=encoder: e(item, np.random.default_rng(0)),
+      lambda x=layout: list(pipeline.eval_records([item], 8, stop, x)),
+    ):
+      with pytest.raises(DataError) as e:
+        read()
+      assert e.value.where == "record x: system turn"
+      assert e.value.got == "'number'"
 
 
 def test_flips(words):
@@ -314,25 +399,52 @@ def test_checkpoint_in_the_middle_of_an_epoch(source, words, tmp_path):
     restored.close()
 
 
-@pytest.fixture
-def bad_source(tmp_path, folder):
-  """Three bad records among 21, each bad in another way."""
-  entries = [entry(i) for i in range(NUM_RECORDS)]
+def bad_entries(folder):
+  """By their index: bad records, each bad in another way."""
   data = (folder / "0.png").read_bytes()
   (folder / "cut.png").write_bytes(data[: len(data) - 30])
-  entries[3] = entry(3, image="cut.png")
-  entries[8] = entry(8, image="gone.png")
-  entries[13] = {"id": "r13", "image": "13.png"}
-  entries[18] = entry(18)
-  entries[18]["conversations"][1]["value"] = "1 " * 12
-  return source_of(tmp_path, folder, entries)
+  Image.new("L", (1, 65536)).save(folder / "long.png")
+  long = entry(18)
+  long["conversations"][1]["value"] = "1 " * 12
+  odd = entry(19, image=None)
+  odd["conversations"][0]["value"] = "<image> number ?"
+  return {
+    3: entry(3, image="cut.png"),
+    5: entry(5, image="a\0.png"),
+    8: entry(8, image="gone.png"),
+    10: entry(10, image="long.png"),
+    13: {"id": "r13", "image": "13.png"},
+    15: entry(15, note="\ud83d"),
+    16: entry(16, number=int("9" * 4000)),
+    18: long,
+    19: odd,
+  }
 
 
+@pytest.fixture
+def bad_source(tmp_path, folder):
+  """21 records, some of which are bad."""
+  bad = bad_entries(folder)
+  entries = [bad.get(i, entry(i)) for i in range(NUM_RECORDS)]
+  text = json.dumps(entries).encode()
+  # More digits than Python reads, and text that is not UTF-8.
+  text = text.replace(b"9" * 4000, b"9" * 5000)
+  text = text.replace(b'"number 16 ?"', b'"n\xe9 16 ?"')
+  (tmp_path / "data.json").write_bytes(text)
+  return sources.llava_json(tmp_path / "data.json", folder)
+
+
+BAD = (3, 5, 8, 10, 13, 15, 16, 18, 19)
 MESSAGES = [
-  "record r3: .*cut.png: got image file is truncated.*replace the file",
+  "record r3: .*cut.png: got .*, expected an image that can be read",
+  r"record 5 \(id 'r5'\): field image: got 'a.x00.png', expected a path insi",
   "record r8: .*gone.png: got no such file",
-  "record 13 .id 'r13'.: field conversations: found 'nothing'",
-  "record r18: a conversation of 16 tokens, expected at most 12; raise",
+  "record r10: .*long.png: got 1 x 65,536 pixels, expected at most",
+  "record 13 .id 'r13'.: field conversations: got nothing",
+  "record 15: got half of a surrogate pair",
+  "record 16: got byte 0xe9 at offset",
+  "record r18: got a conversation of 16 tokens, expected at most 12",
+  r"record 19 \(id 'r19'\): conversations: got 1 <image>, expected none, as there is no image",
 ]
 
 
@@ -348,10 +460,10 @@ def test_bad_records_are_skipped_and_reported(bad_source, words, num_workers):
     found += numbers(batch)
     messages += batch.bad_records
     assert batch.arrays["images"].shape[0] == 4
-  assert not {3, 8, 13, 18} & set(found)
-  assert len(set(found)) == NUM_RECORDS - 4
+  assert not set(BAD) & set(found)
+  assert len(set(found)) == NUM_RECORDS - len(BAD)
   for pattern in MESSAGES:
-    assert any(re.search(pattern, message) for message in messages)
+    assert any(re.search(pattern, x) for x in messages), (pattern, messages)
   # What was skipped counts as read: nothing comes twice or is reported twice.
   iterator.close()
   if not num_workers:
@@ -364,16 +476,19 @@ def test_bad_records_are_skipped_and_reported(bad_source, words, num_workers):
 
 def test_bad_record_stops_the_run(bad_source, words):
   data = dataclasses.replace(DATA, on_bad_record="stop")
-  with pytest.raises(DataError, match="on_bad_record=skip would") as e:
+  with pytest.raises(DataError) as e:
     take(batches(bad_source, words, data), 8)
-  assert "\n" not in str(e.value)
+  assert e.value.where.count("record ")
+  assert e.value.fix.endswith("with config.data.on_bad_record=skip")
 
 
 def test_no_good_record(tmp_path, folder, words):
   entries = [entry(i, image="gone.png") for i in range(5)]
   source = source_of(tmp_path, folder, entries)
-  with pytest.raises(DataError, match="10 bad records in a row of a source"):
+  with pytest.raises(DataError) as e:
     take(batches(source, words), 1)
+  assert e.value.where == "config.data"
+  assert e.value.got.startswith("10 bad records in a row of a source of 5, ")
 
 
 def test_one_good_record(tmp_path, folder, words):
@@ -389,13 +504,13 @@ def test_eval_records(bad_source):
   found = [
     (record.id, images.shape, int(images[0, 0, 0, 0]))
     for record, images in pipeline.eval_records(
-      bad_source, 8, DATA, reports.append
+      bad_source, 8, DATA, "qa_v1", reports.append
     )
   ]
   # Record 18 is only too long to be trained on.
-  good = [i for i in range(NUM_RECORDS) if i not in (3, 8, 13)]
+  good = [i for i in range(NUM_RECORDS) if i not in BAD or i == 18]
   assert found == [(f"r{i}", (1, 8, 8, 3), i) for i in good]
-  assert len(reports) == 3
+  assert len(reports) == len(BAD) - 1
   stop = dataclasses.replace(DATA, on_bad_record="stop")
   with pytest.raises(DataError, match="record r3"):
-    list(pipeline.eval_records(bad_source, 8, stop))
+    list(pipeline.eval_records(bad_source, 8, stop, "qa_v1"))

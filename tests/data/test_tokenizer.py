@@ -72,13 +72,11 @@ def test_sentencepiece_alone(model_file, tmp_path, legacy):
   assert loaded.convert_tokens_to_ids("<voco>") == 600
   own = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
   bos, newline = own.bos_id(), own.encode("\n")[1:]
-  ids, _ = prompt.encode(
-    LAYOUTS[2], loaded, [("", " Raises\n a é")], False, "none"
-  )
+  ids, _ = prompt.encode(LAYOUTS[2], loaded, [("", " Raises\n a é")], 0, "none")
   assert ids == [bos, *own.encode(" Raises\n a é\n")]
   # As a continuation, and after </s>: without a space in front.
   text = "\n" + LAYOUTS[0].image_opening.removeprefix("\n") + "hi ASSISTANT:"
-  ids, _ = prompt.encode(LAYOUTS[0], loaded, [("hi", None)], True, "none")
+  ids, _ = prompt.encode(LAYOUTS[0], loaded, [("hi", None)], 1, "none")
   assert ids == own.encode(text)[1:] and ids[: len(newline)] == newline
   # A checkpoint keeps only the JSON files.
   loaded.save_pretrained(tmp_path / "saved")
@@ -87,8 +85,8 @@ def test_sentencepiece_alone(model_file, tmp_path, legacy):
   assert again.get_vocab() == loaded.get_vocab()
   for layout in LAYOUTS:
     assert prompt.stream_ids(layout, again) == prompt.stream_ids(layout, loaded)
-    assert prompt.encode(layout, again, TURNS, True, "none") == prompt.encode(
-      layout, loaded, TURNS, True, "none"
+    assert prompt.encode(layout, again, TURNS, 1, "none") == prompt.encode(
+      layout, loaded, TURNS, 1, "none"
     )
 
 
@@ -122,6 +120,7 @@ def test_llava_hf(llama_tokenizer_folder, tmp_path):
       turns = [
         tuple("".join(rng.choices(words, k=6)) for _ in "qa") for _ in range(2)
       ]
-      found = prompt.encode(layout, loaded, turns, True, "none")
-      assert found == prompt.encode(layout, plain, turns, True, "none")
+      count = max(1, sum(question.count("<image>") for question, _ in turns))
+      found = prompt.encode(layout, loaded, turns, count, "none")
+      assert found == prompt.encode(layout, plain, turns, count, "none")
       assert max(found[0]) < 32000

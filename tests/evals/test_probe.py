@@ -170,7 +170,10 @@ def test_read_is_the_state_of_each_image(tmp_path):
   found = probe.read(config, model, params, source, 5)  # batches of 4
   assert len(found.labels) == len(found.voco) == len(found.mean_patch) == 5
   images = [
-    pixels[:1] for _, pixels in pipeline.eval_records(source, 64, config.data)
+    pixels[:1]
+    for _, pixels in pipeline.eval_records(
+      source, 64, config.data, config.prompt.layout
+    )
   ]
   first = len(model.stream.before)
   for i in (0, 4):

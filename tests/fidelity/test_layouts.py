@@ -40,9 +40,9 @@ def slow(llama_tokenizer_folder):
 
 def joint(layout, llama, turns, k=0, strip="none"):
   """Ids and labels of one sequence, as the original has it."""
-  has_image = any("<image>" in q for q, _ in turns)
-  ids, labels = prompt.encode(layout, llama, turns, has_image, strip)
-  if not has_image:
+  num_images = sum(q.count("<image>") for q, _ in turns)
+  ids, labels = prompt.encode(layout, llama, turns, num_images, strip)
+  if not num_images:
     return ids, labels
   prefix, suffix = prompt.stream_ids(layout, llama)
   stream = [*prefix, IMAGE, *suffix, *[VOCO_ID] * k]
@@ -55,7 +55,7 @@ def test_vicuna_golden(llama):
   assert list(prefix) == [BOS, *SYSTEM, *FIRST_USER, 29871]
   assert suffix == ()
   turns = [("<image>\nIs it red?", "Yes"), ("hi", "Yes"), ("hi", "No")]
-  ids, labels = prompt.encode(VICUNA, llama, turns, True, "none")
+  ids, labels = prompt.encode(VICUNA, llama, turns, 1, "none")
   asked = [
     [29871, 13, *IS_IT_RED, *ASSISTANT],
     [*LATER_USER, 7251, *ASSISTANT],
@@ -73,12 +73,12 @@ def test_vicuna_golden(llama):
   # The marker may stand anywhere, and what is asked is a prefix of it all.
   for text in ("Is it red?\n<image>", " Is it <image>red? ", "Is it red?"):
     turns = [(text, None)]
-    assert prompt.encode(VICUNA, llama, turns, True, "none")[0] == asked[0]
+    assert prompt.encode(VICUNA, llama, turns, 1, "none")[0] == asked[0]
 
 
 def test_vicuna_text_only_golden(llama):
   turns = [("hi", "Yes"), ("hi", None)]
-  ids, labels = prompt.encode(VICUNA, llama, turns, False, "none")
+  ids, labels = prompt.encode(VICUNA, llama, turns, 0, "none")
   first = [BOS, *SYSTEM, *FIRST_USER, 7251, *ASSISTANT]
   later = [*LATER_USER, 7251, *ASSISTANT]
   assert ids == [*first, *YES, EOS, *later]
@@ -89,12 +89,14 @@ def test_vicuna_text_only_golden(llama):
 def test_plain_golden(llama):
   turns = [("<image>\nDescribe it.", "a red\ncat")]
   assert prompt.stream_ids(PLAIN, llama) == ((BOS,), ())
-  ids, labels = prompt.encode(PLAIN, llama, turns, True, "none")
+  ids, labels = prompt.encode(PLAIN, llama, turns, 1, "none")
   assert ids == labels == [263, 2654, 13, 4117, 13]
-  text_only, labels = prompt.encode(PLAIN, llama, turns, False, "none")
+  turns = [("Describe it.", "a red\ncat")]
+  text_only, labels = prompt.encode(PLAIN, llama, turns, 0, "none")
   assert text_only == [BOS, *ids] and labels == [prompt.IGNORE, *ids]
-  with pytest.raises(DataError, match="'plain': leaves out questions, so none"):
-    prompt.encode(PLAIN, llama, [("hi", None)], True, "none")
+  with pytest.raises(DataError) as e:
+    prompt.encode(PLAIN, llama, [("hi", None)], 1, "none")
+  assert e.value.where == "prompt layout 'plain'"
 
 
 @pytest.mark.parametrize("k", [1, 2, 8])

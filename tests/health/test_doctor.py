@@ -110,8 +110,8 @@ def test_broken_json(folder, tmp_path):
   found = process.stdout.splitlines()
   assert found[-3] == f"checkpoints: none yet in {tmp_path}/run: OK"
   assert re.match(
-    rf"data: error: {tmp_path}/data.json: not JSON at byte \d+, after 1\d "
-    r"records \(.*\), expected a JSON list of records; ",
+    rf"data: error: {tmp_path}/data.json: got .* at byte \d+, .*, expected a "
+    "JSON list of records, or one record a line. Fix: ",
     found[-2],
   )
   assert found[-1] == "1 error, 0 warnings"

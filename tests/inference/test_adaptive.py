@@ -86,7 +86,7 @@ def _first_probabilities(folder, m, bos):
   last = []
   for b, (text, images) in enumerate(_asked()):
     tokens, _ = prompt.encode(
-      prompt.LAYOUTS["qa_v1"], words, [(text, None)], True, "original"
+      prompt.LAYOUTS["qa_v1"], words, [(text, None)], len(images), "original"
     )
     ids[b, : len(tokens)], segments[b, : len(tokens)] = tokens, 1
     last.append(len(tokens) - 1)

@@ -94,7 +94,7 @@ def joint_tokens(model, params, words, images, requests, results):
   pixels = np.zeros((B, F, *shape), np.uint8)
   for b, (request, result) in enumerate(zip(requests, results, strict=True)):
     tokens, _ = prompt.encode(
-      prompt.LAYOUTS["qa_v1"], words, request.turns, bool(images[b]), "original"
+      prompt.LAYOUTS["qa_v1"], words, request.turns, len(images[b]), "original"
     )
     assert len(tokens) == result.num_prompt_tokens
     tokens += result.token_ids

@@ -236,7 +236,8 @@ def parse_json(
       where, "lists or objects nested too deep", "JSON", "correct the file"
     ) from e
   except ValueError as e:  # a number of too many digits, a key twice
-    raise error(where, str(e), "JSON", "correct the file") from e
+    got = str(e).partition(";")[0]  # Python adds advice to programmers
+    raise error(where, got, "JSON", "correct the file") from e
   if re.search(r"\\u[dD][89a-fA-F]", text):
     _refuse_surrogates(value, where, error)
   return check_kind(value, where, kind, error)

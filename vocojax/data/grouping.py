@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from vocojax.config import DataConfig
-from vocojax.data.sources import Source
+from vocojax.data.sources import Source, record_border
 from vocojax.errors import DataError
 
 
@@ -40,7 +40,8 @@ def signed_lengths(source: Source) -> Int64[np.ndarray, " R"]:
   result = np.ones(len(source), np.int64)
   for i in range(len(source)):
     try:
-      record = source[i]
+      with record_border(f"record {i}"):
+        record = source[i]
     except DataError:  # comes again when the record's turn comes
       continue
     texts = (t for c in record.conversations for turn in c for t in turn)

@@ -29,6 +29,7 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_BYTES = 2**30  # of a file
 MAX_PIXELS = 2**27  # 134 million; the largest phones take 108 and 200
 MAX_SIDE = 2**16 - 1  # as JPEG has it
+_BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*", b"MM\0")
 # Pillow warns of images of more than 89 million pixels. The limits are ours.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -141,6 +142,8 @@ def _identify(content: bytes, name: str) -> Image.Image:
   except Image.DecompressionBombError as e:
     raise _too_large(name, str(e).partition(" exceeds")[0]) from e
   except UnidentifiedImageError as e:  # its message holds an address
+    if content.startswith(_BEGINNINGS):
+      raise _unreadable(name, "a damaged header") from e
     if not content:
       got = "an empty file"
     elif content[4:8] == b"ftyp" and (
@@ -180,12 +183,11 @@ def _readable(name: str, read: Callable[[], T]) -> T:
   # Pillow's decoders raise nearly anything on a damaged file (SyntaxError,
   # struct.error, zlib.error, ...).
   except Exception as e:
-    raise DataError(
-      name,
-      str(e) or type(e).__name__,
-      "an image that can be read",
-      "replace the file",
-    ) from e
+    raise _unreadable(name, str(e) or type(e).__name__) from e
+
+
+def _unreadable(name: str, got: str) -> DataError:
+  return DataError(name, got, "an image that can be read", "replace the file")
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -14,12 +14,13 @@ from collections.abc import Sequence
 import grain
 
 from vocojax.config import DataConfig
-from vocojax.data.rows import Arrays, Encoder, Prepared
+from vocojax.data.rows import Arrays, Encoder, Prepared, Skipped
+from vocojax.data.sources import record_border
 from vocojax.errors import DataError
 
-# What a reader of rows gives: the row, or None if it came to nothing, what was
-# wrong with records on the way, and the state after its batch, as JSON.
-Row = tuple[Arrays | None, tuple[str, ...], str]
+# What a reader of rows gives: the row, or None if it came to nothing, records
+# that were left out on the way, and the state after its batch, as JSON.
+Row = tuple[Arrays | None, tuple[Skipped, ...], str]
 START = {"next_record": 0, "waiting": []}
 
 
@@ -79,7 +80,7 @@ class Packer:
 
   def __init__(
     self,
-    records: Sequence[Prepared | str] | grain.MapDataset,
+    records: Sequence[Prepared | Skipped] | grain.MapDataset,
     epoch_length: int,
     data: DataConfig,
     state: dict = START,
@@ -108,8 +109,8 @@ class Packer:
     """Whether the last row was that of an epoch."""
     return not self._waiting and self._next % self._epoch_length == 0
 
-  def next_row(self) -> tuple[list[Prepared], list[str]]:
-    """Records of a row, and what was wrong with others read on the way.
+  def next_row(self) -> tuple[list[Prepared], list[Skipped]]:
+    """Records of a row, and those that were left out on the way.
 
     There are no records if none of the last two epochs was good.
     """
@@ -125,7 +126,7 @@ class Packer:
     )
     return [self._waiting.pop(keys[i]) for i in chosen], bad
 
-  def _read(self) -> list[str]:
+  def _read(self) -> list[Skipped]:
     """Reads until enough records wait, or all that are left of an epoch."""
     bad, useless = [], 0
     while len(self._waiting) < self._data.pack_lookahead:
@@ -140,7 +141,7 @@ class Packer:
         self._waiting[self._next - 1] = record
         continue
       useless += not self._waiting
-      if isinstance(record, str):
+      if isinstance(record, Skipped):
         bad.append(record)
     return bad
 
@@ -221,9 +222,10 @@ class _PackedRowIterator(grain.DatasetIterator[Row]):
     loaded = []
     for record in records:
       try:
-        loaded.append((record, self._rows.encoder.load(record)))
+        with record_border(f"record {record.record.id}"):
+          loaded.append((record, self._rows.encoder.load(record)))
       except DataError as e:
-        bad.append(str(e))
+        bad.append(Skipped(e))
     return self._rows.encoder.lay(loaded), tuple(bad), state
 
   def _pack_batch(self) -> None:

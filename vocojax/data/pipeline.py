@@ -33,17 +33,20 @@ from jaxtyping import UInt8
 
 from vocojax.config import DataConfig
 from vocojax.core import workers
-from vocojax.data import grouping, packing
-from vocojax.data.rows import Arrays, Encoder, Prepared, load_images
-from vocojax.data.sources import Record, Source
+from vocojax.data import grouping, packing, prompt
+from vocojax.data.rows import (
+  Arrays,
+  Encoder,
+  Prepared,
+  Skipped,
+  load_images,
+  with_system,
+)
+from vocojax.data.sources import Record, Source, record_border
 from vocojax.errors import DataError
 
 # Records that the number of rows of an epoch is estimated from.
 _SAMPLE = 4096
-_NOTHING = (
-  "data: no record has a conversation to train on, expected some; shorten "
-  "config.data.skip_answers"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +162,7 @@ def rows_per_epoch(
     if isinstance(x, Prepared) and x.length
   ]
   if not records:
-    raise DataError(_NOTHING)
+    raise _nothing()
   packer = packing.Packer(records, len(records), data)
   rows = 1
   while packer.next_row() and not packer.done:
@@ -171,25 +174,51 @@ def eval_records(
   source: Source,
   image_size: int,
   data: DataConfig,
+  layout: str,
   report: Callable[[str], None] = logging.warning,
 ) -> Iterator[tuple[Record, UInt8[np.ndarray, "F S S 3"]]]:
   """Every record once, in order, with its images ready for the model.
 
-  A bad record is left out and its message given to `report`.
+  A bad record is left out and its message given to `report`. The text of a
+  system turn is part of the first question.
+
+  Args:
+    source: the records.
+    image_size: S.
+    data: how many images a record may have, and what to do with a bad one.
+    layout: the prompt layout that the questions are for.
+    report: is given messages.
 
   Raises:
     DataError: a record is bad and `data.on_bad_record` is 'stop'.
   """
   for i in range(len(source)):
     try:
-      record = source[i]
-      pixels = load_images(record, image_size, data)
+      with record_border(f"record {i}"):
+        record = with_system(source[i], prompt.LAYOUTS[layout])
+        pixels = load_images(record, image_size, data)
     except DataError as e:
       if data.on_bad_record == "stop":
         raise
       report(str(e))
       continue
     yield record, pixels
+
+
+def _stopped(error: DataError) -> DataError:
+  remedy = "leave such records out with config.data.on_bad_record=skip"
+  return DataError(
+    error.where, error.got, error.expected, f"{error.fix}, or {remedy}"
+  )
+
+
+def _nothing() -> DataError:
+  return DataError(
+    "config.data",
+    "no record with a conversation to train on",
+    "some",
+    "shorten config.data.skip_answers",
+  )
 
 
 def _seed32(seed: int) -> int:
@@ -206,16 +235,19 @@ def _shuffled(source: Source, seed: int) -> grain.MapDataset:
 
 @dataclasses.dataclass(frozen=True)
 class _Prepare(grain.transforms.RandomMap):
-  """Index of a record to the record prepared, or to what is wrong with it."""
+  """Index of a record to the record prepared, unless it is left out."""
 
   source: Source
   encoder: Encoder
 
-  def random_map(self, index: int, rng: np.random.Generator) -> Prepared | str:
+  def random_map(
+    self, index: int, rng: np.random.Generator
+  ) -> Prepared | Skipped:
     try:
-      return self.encoder.prepare(self.source[index], rng)
+      with record_border(f"record {index}"):
+        return self.encoder.prepare(self.source[index], rng)
     except DataError as e:
-      return str(e)
+      return Skipped(e)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,9 +259,10 @@ class _Encode(grain.transforms.RandomMap):
 
   def random_map(self, index: int, rng: np.random.Generator) -> packing.Row:
     try:
-      return self.encoder(self.source[index], rng), (), ""
+      with record_border(f"record {index}"):
+        return self.encoder(self.source[index], rng), (), ""
     except DataError as e:
-      return None, (str(e),), ""
+      return None, (Skipped(e),), ""
 
 
 class _SingleRows:
@@ -290,26 +323,28 @@ class _BatchIterator(grain.DatasetIterator):
     while len(rows) < self._dataset.batch_size:
       row = next(self._rows)
       self._state = self._dataset.rows.after(self._state, row)
-      arrays, messages, _ = row
-      if messages and self._dataset.data.on_bad_record == "stop":
-        raise DataError(
-          f"{messages[0]} (config.data.on_bad_record=skip would leave it out)"
-        )
-      bad += messages
-      self._bad_in_a_row += len(messages)
+      arrays, skipped, _ = row
+      if self._dataset.data.on_bad_record == "stop":
+        for record in skipped:
+          if record.stops:
+            raise _stopped(record.error)
+      bad += [str(record.error) for record in skipped]
+      self._bad_in_a_row += len(skipped)
       # Two orders in a row may have their good records far apart.
       if self._bad_in_a_row >= 2 * self._dataset.num_records:
         raise DataError(
-          f"data: {self._bad_in_a_row} bad records in a row of a source of "
-          f"{self._dataset.num_records}, expected some good ones; correct the "
-          f"records, the last of which is: {bad[-1]}"
+          "config.data",
+          f"{self._bad_in_a_row} bad records in a row of a source of "
+          f"{self._dataset.num_records}, the last of which is {bad[-1]}",
+          "some good ones",
+          "correct the records",
         )
       if arrays is None:
-        if not messages:
-          raise DataError(_NOTHING)
+        if not skipped:
+          raise _nothing()
         continue
       rows.append(arrays)
-      if not messages or arrays["segment_ids"].any():
+      if not skipped or arrays["segment_ids"].any():
         self._bad_in_a_row = 0
     arrays = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
     return Batch(arrays, tuple(bad))

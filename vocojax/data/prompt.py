@@ -14,15 +14,19 @@ space, at `:` or at `</s>`, where no token of a LLaMA vocabulary reaches across.
 
 import dataclasses
 import functools
+import itertools
+import re
 from collections.abc import Sequence
 from typing import Literal
 
 import transformers
 
-from vocojax.errors import DataError
+from vocojax.errors import DataError, OddRecord, shorten
 
 IGNORE = -100  # label of a token that is not trained
 IMAGE_MARKER = "<image>"
+
+Turn = tuple[str, str | None]  # question, answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Layout:
     question_end: after every question.
     answer_start: before every answer.
     answer_end: after every answer; None is `</s>`.
+    system_end: after the text of a system turn, which stands before the first
+      question; None is no place for one.
   """
 
   name: str
@@ -59,6 +65,7 @@ class Layout:
   question_end: str
   answer_start: str
   answer_end: str | None
+  system_end: str | None = None
 
   def stamp(self) -> dict[str, str | int]:
     """What a checkpoint stores of it."""
@@ -135,6 +142,7 @@ LAYOUTS = {
       question_end="",
       answer_start=" ",
       answer_end=None,
+      system_end=" ",
     ),
   )
 }
@@ -152,8 +160,8 @@ def stream_ids(
 def encode(
   layout: Layout,
   tokenizer: transformers.PreTrainedTokenizerFast,
-  turns: Sequence[tuple[str, str | None]],
-  has_image: bool,
+  turns: Sequence[Turn],
+  num_images: int,
   strip_newlines: Literal["original", "none"],
 ) -> tuple[list[int], list[int]]:
   """Ids and labels of a conversation's text stream.
@@ -166,14 +174,17 @@ def encode(
     tokenizer: from `load_tokenizer`.
     turns: questions and answers. The last answer may be None: the ids then
       end where the model is to begin its answer.
-    has_image: whether the conversation is about the images of an image
-      stream. If not, it begins with `<s>`.
+    num_images: how many images stand in front of the conversation. Without
+      one it begins with `<s>`.
     strip_newlines: 'original' deletes all newlines of the questions and
       answers of a conversation with images, as the released code does.
 
   Raises:
-    DataError: the last answer is None in a layout without questions.
+    DataError: the last answer is None in a layout without questions, or the
+      questions have a `<image>` too many or too few.
   """
+  questions = place_images([question for question, _ in turns], num_images)
+  has_image = num_images > 0
   ids: list[int] = []
   labels: list[int] = []
 
@@ -186,15 +197,17 @@ def encode(
   continues = has_image and not layout.cut_at_image
   strip = has_image and strip_newlines == "original"
   start = layout.image_opening if has_image else layout.text_opening
-  for i, (question, answer) in enumerate(turns):
+  for i, (question, (_, answer)) in enumerate(
+    zip(questions, turns, strict=True)
+  ):
     if layout.question_start is not None:
-      text = start + _clean(question, strip) + layout.question_end
+      text = start + _strip(question, strip) + layout.question_end
       lay(_tokenize(tokenizer, text, continues), trained=False)
       start, continues = layout.question_start, True
     if answer is None:
       _check_open(layout, i, len(turns))
       break
-    text = layout.answer_start + _clean(answer, strip)
+    text = layout.answer_start + _strip(answer, strip)
     text += layout.answer_end or ""
     lay(_tokenize(tokenizer, text, continues), trained=True)
     continues = True
@@ -209,15 +222,66 @@ def _check_open(layout: Layout, turn: int, num_turns: int) -> None:
     raise ValueError(f"turn {turn} of {num_turns} has no answer")
   if layout.question_start is None:
     raise DataError(
-      f"prompt layout {layout.name!r}: leaves out questions, so none can be "
-      "asked; choose another, such as --layout=vicuna_v1"
+      f"prompt layout {layout.name!r}",
+      "a question to be answered",
+      "captions only, as the layout leaves out questions",
+      "choose another, such as --layout=vicuna_v1",
     )
 
 
-def _clean(text: str, strip_newlines: bool) -> str:
-  # Images stand in front of the text, wherever the marker was.
-  if IMAGE_MARKER in text:
-    text = text.replace(IMAGE_MARKER, "").strip()
+def check_markers(
+  questions: Sequence[str], num_images: int, where: str = "question"
+) -> int:
+  """The number of `<image>` in questions: that of the images, or 0.
+
+  Raises:
+    DataError: it is another; an OddRecord if there are no images.
+  """
+  found = sum(question.count(IMAGE_MARKER) for question in questions)
+  if found in (0, num_images):
+    return found
+  got, fix = f"{found} {IMAGE_MARKER}", "give the images, or correct the text"
+  if not num_images:
+    expected = "none, as there is no image"
+    raise OddRecord(where, got, expected, fix, kind="marker")
+  expected = f"{num_images}, as there are images, or none"
+  raise DataError(where, got, expected, fix)
+
+
+def place_images(questions: Sequence[str], num_images: int) -> list[str]:
+  """Questions as they are read after the images.
+
+  Images stand in front of all text, in the order of their markers. Where
+  nothing but white space is between the markers, they are left out, as LLaVA
+  does. Where there is text, the first becomes "image 1" and so on, so that the
+  text still says which image is meant.
+
+  Example:
+    >>> place_images(["<image>\\nWhat?"], 1)
+    ['What?']
+    >>> place_images(["Before: <image> After: <image> What changed?"], 2)
+    ['Before: image 1 After: image 2 What changed?']
+
+  Raises:
+    DataError: as `check_markers`.
+  """
+  if not check_markers(questions, num_images):
+    return list(questions)
+  marked = [question for question in questions if IMAGE_MARKER in question]
+  between = marked[0].split(IMAGE_MARKER)[1:-1]
+  if len(marked) == 1 and not any(map(str.strip, between)):
+    return [
+      q.replace(IMAGE_MARKER, "").strip() if q in marked else q
+      for q in questions
+    ]
+  number = itertools.count(1)
+  return [
+    re.sub(IMAGE_MARKER, lambda _: f"image {next(number)}", question)
+    for question in questions
+  ]
+
+
+def _strip(text: str, strip_newlines: bool) -> str:
   return text.replace("\n", "") if strip_newlines else text
 
 
@@ -240,9 +304,10 @@ def _tokenize(
   ids = _plain(tokenizer, "\n" + ("" if continues else " ") + text)
   if ids[: len(shield)] != shield:
     raise DataError(
-      f"tokenizer {tokenizer.name_or_path}: joins a newline with the text "
-      f"after it ({text[:20]!r}), expected them apart as in LLaMA's; use "
-      "another tokenizer"
+      f"tokenizer {tokenizer.name_or_path}",
+      f"one token of a newline and the text after it, {shorten(text, 20)}",
+      "them apart, as in LLaMA's",
+      "use another tokenizer",
     )
   return ids[len(shield) :]
 

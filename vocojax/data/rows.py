@@ -15,9 +15,24 @@ from jaxtyping import UInt8
 from vocojax.config import DataConfig, PromptConfig
 from vocojax.data import images, prompt
 from vocojax.data.sources import Record
-from vocojax.errors import DataError
+from vocojax.errors import DataError, OddRecord, shorten
 
 Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+  """A record that is left out, and why."""
+
+  error: DataError
+
+  @property
+  def stops(self) -> bool:
+    """Whether it stops a run unless `on_bad_record` is 'skip'.
+
+    A text of which `truncate` leaves nothing to train on does not.
+    """
+    return not isinstance(self.error, OddRecord) or self.error.kind != "cut"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +70,7 @@ class Encoder:
     data: DataConfig,
     image_size: int,
     budgets: tuple[int, ...] = (),
+    image_positions: tuple[int, int] = (0, 0),
   ):
     """Makes rows as the config says.
 
@@ -65,10 +81,14 @@ class Encoder:
       image_size: S.
       budgets: numbers of VoCo tokens, one of which is drawn for each record;
         () if text sees all of them.
+      image_positions: how many positions images take before a text: so many of
+        all images together, and of each.
     """
+    self._image_positions = image_positions
     self._budgets = budgets
     self._tokenizer = tokenizer
-    self._prompt = prompt_config
+    self._layout = prompt.LAYOUTS[prompt_config.layout]
+    self._strip_newlines = prompt_config.strip_newlines
     self._data = data
     self._image_size = image_size
 
@@ -90,37 +110,69 @@ class Encoder:
 
     Raises:
       DataError: there are too many images, or a conversation alone is longer
-        than a row, or than its slot of it.
+        than a row, or than its slot of it; an OddRecord if only `truncate`
+        could help, or has left no answer.
     """
     data = self._data
     _check_number(record, data)
+    record = with_system(record, self._layout)
     # One draw a record: its images may be compared with each other.
     flips = (False, False)
     if data.flip_images:
       flips = (bool(rng.integers(2)), bool(rng.integers(2)))
     conversations, room = [], data.max_text_length
-    longest = data.max_text_length // data.text_slots
-    for turns in self._sample(record, rng):
-      ids, labels = prompt.encode(
-        prompt.LAYOUTS[self._prompt.layout],
-        self._tokenizer,
-        turns,
-        has_image=bool(record.images),
-        strip_newlines=self._prompt.strip_newlines,
-      )
+    longest = self.longest(record)
+    sampled = self._sample(record, rng)
+    for turns in sampled:
+      ids, labels = self.tokenize(record, turns)
       if len(ids) > longest:
-        raise DataError(
-          f"record {record.id}: a conversation of {len(ids)} tokens, expected "
-          f"at most {longest}; raise config.data.max_text_length or shorten "
-          "the answers"
-        )
+        if data.on_long_text == "refuse":
+          raise _too_long(record, len(ids), longest)
+        ids, labels = ids[:longest], labels[:longest]
+        if all(label == prompt.IGNORE for label in labels):
+          continue
       room -= len(ids)
       if room < 0:
         break
       conversations.append((ids, labels))
+    if sampled and not conversations:
+      raise _nothing_left(record, longest)
     # Last, so that all else is drawn as without it.
     seen = int(rng.choice(self._budgets)) if self._budgets else 0
     return Prepared(record, flips, tuple(conversations), seen)
+
+  def tokenize(
+    self, record: Record, turns: Sequence[prompt.Turn]
+  ) -> tuple[list[int], list[int]]:
+    """Ids and labels of a conversation of a record, however long.
+
+    Raises:
+      DataError: the prompt layout cannot hold it.
+    """
+    try:
+      return prompt.encode(
+        self._layout,
+        self._tokenizer,
+        turns,
+        num_images=len(record.images),
+        strip_newlines=self._strip_newlines,
+      )
+    except DataError as e:
+      raise e.within(f"record {record.id}") from e
+
+  def longest(self, record: Record) -> int:
+    """Most tokens of a conversation of a record.
+
+    Where longer ones are cut, `max_text_length` counts all positions of a
+    sequence, and those of the images come off it.
+    """
+    data = self._data
+    longest = data.max_text_length // data.text_slots
+    if data.on_long_text == "refuse" or not record.images:
+      return longest
+    together, each = self._image_positions
+    taken = together + each * len(record.images)
+    return max(0, min(longest, data.max_text_length - taken))
 
   def load(self, prepared: Prepared) -> UInt8[np.ndarray, "F S S 3"]:
     """Pixels of the images of a record.
@@ -186,6 +238,29 @@ class Encoder:
     return [conversations[i] for i in order]
 
 
+def with_system(record: Record, layout: prompt.Layout) -> Record:
+  """A record whose system turn, if any, is part of the first questions.
+
+  Raises:
+    DataError: there is one, and the layout has no place for it.
+  """
+  if not record.system:
+    return record
+  if layout.system_end is None:
+    places = [x.name for x in prompt.LAYOUTS.values() if x.system_end]
+    raise DataError(
+      f"record {record.id}: system turn",
+      shorten(record.system),
+      f"none, as prompt layout {layout.name} has no place for another text",
+      f"remove the turn, or set config.prompt.layout to {' or '.join(places)}",
+    )
+  conversations = tuple(
+    ((f"{record.system}{layout.system_end}{question}", answer), *later)
+    for (question, answer), *later in record.conversations
+  )
+  return dataclasses.replace(record, conversations=conversations, system="")
+
+
 def load_images(
   record: Record, image_size: int, data: DataConfig
 ) -> UInt8[np.ndarray, "F S S 3"]:
@@ -212,6 +287,29 @@ def _image_name(source: bytes | pathlib.Path, index: int) -> str:
 def _check_number(record: Record, data: DataConfig) -> None:
   if len(record.images) > data.max_images:
     raise DataError(
-      f"record {record.id}: {len(record.images)} images, expected at most "
-      f"{data.max_images}; raise config.data.max_images"
+      f"record {record.id}",
+      f"{len(record.images)} images",
+      f"at most {data.max_images}",
+      "raise config.data.max_images, or remove the record",
     )
+
+
+def _too_long(record: Record, length: int, longest: int) -> OddRecord:
+  return OddRecord(
+    f"record {record.id}",
+    f"a conversation of {length} tokens",
+    f"at most {longest}",
+    "raise config.data.max_text_length, shorten it, or have it cut by "
+    "config.data.on_long_text=truncate",
+    kind="long",
+  )
+
+
+def _nothing_left(record: Record, longest: int) -> OddRecord:
+  return OddRecord(
+    f"record {record.id}",
+    f"no answer among its first {longest} tokens",
+    "some of one",
+    "shorten the question, or raise config.data.max_text_length",
+    kind="cut",
+  )

@@ -7,12 +7,13 @@ what is wrong with one record is raised when that record is read, so that a
 long run can skip it.
 """
 
+import contextlib
 import dataclasses
-import functools
 import json
 import os
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -20,19 +21,42 @@ from absl import logging
 from jaxtyping import Int64
 
 from vocojax.config import DataConfig
-from vocojax.errors import DataError
+from vocojax.core import files
+from vocojax.data import prompt
+from vocojax.errors import DataError, OddRecord, UserError, shorten
 
 Turn = tuple[str, str]  # question, answer
 
-_LLAVA_REMEDY = (
-  "llava_v1_5_mix665k.json is in the data set liuhaotian/LLaVA-Instruct-150K "
-  "on the Hugging Face hub"
+# Kinds of records that LLaVA's code takes as they are.
+ODD = {
+  "marker": "<image> in a text without images",
+  "empty": "empty turns",
+  "unanswered": "a human turn last",
+  "long": "texts longer than a row",
+  "cut": "all answers beyond the end of a row",
+}
+
+_MIX = "llava_v1_5_mix665k.json"
+_MIX_REMEDY = (
+  f"{_MIX} is in the data set liuhaotian/LLaVA-Instruct-150K on the Hugging "
+  "Face hub"
 )
-_IMAGES_REMEDY = (
-  "the images of llava_v1_5_mix665k.json belong in coco/train2017, "
-  "gqa/images, ocr_vqa/images, textvqa/train_images, vg/VG_100K and "
-  "vg/VG_100K_2 under one folder; the README of "
-  "https://github.com/haotian-liu/LLaVA says where to download each"
+_MIX_IMAGES = (
+  f"the images of {_MIX} belong in coco/train2017, gqa/images, ocr_vqa/images, "
+  "textvqa/train_images, vg/VG_100K and vg/VG_100K_2 under one folder; the "
+  "README of https://github.com/haotian-liu/LLaVA says where to download each"
+)
+_JSON = "a JSON list of records, or one record a line"
+# Fields of media, as data sets of others call them, and of where media are.
+_MEDIUM = (
+  r"(image|img|pic|picture|photo|gif|pixel|video|vid|clip|frame|audio|sound|"
+  r"speech|voice)s?_?\d*"
+)
+_PLACE = r"_?(path|file|filename|name|url|uri|list|base64|bytes|value)s?"
+_MEDIA_FILE = re.compile(
+  r".+\.(jpe?g|png|gif|bmp|webp|tiff?|heic|avif|mp4|avi|mov|mkv|webm|mp3|wav|"
+  r"flac|m4a|ogg)",
+  re.IGNORECASE,
 )
 
 
@@ -44,11 +68,13 @@ class Record:
     id: names the record in errors and results.
     images: encoded image files: their bytes, or their paths.
     conversations: each sees the images, none sees another.
+    system: what is said to the model before all of them; mostly nothing.
   """
 
   id: str
   images: tuple[bytes | pathlib.Path, ...]
   conversations: tuple[tuple[Turn, ...], ...]
+  system: str = ""
 
 
 @runtime_checkable
@@ -60,6 +86,33 @@ class Source(Protocol):
   def __getitem__(self, index: int) -> Record:
     """Raises DataError if the record is bad."""
     ...
+
+
+@contextlib.contextmanager
+def record_border(where: str) -> Iterator[None]:
+  """Turns whatever goes wrong with one record into a DataError.
+
+  Training, evaluation and the doctor leave out a record at this border. What
+  is not the record's fault passes: Ctrl-C, no memory, a package that is not
+  installed.
+
+  Args:
+    where: the record, for errors that do not name it.
+
+  Raises:
+    DataError: the record cannot be used.
+  """
+  try:
+    yield
+  except (UserError, MemoryError):
+    raise
+  except Exception as e:
+    raise DataError(
+      where,
+      f"{type(e).__name__}: {e}",
+      "a record that can be read",
+      "correct it or remove it",
+    ) from e
 
 
 def make_source(data: DataConfig, split: str) -> Source:
@@ -123,7 +176,7 @@ def _tfds(
   """A split of a TFDS data set, which is written if it is not there."""
   import tensorflow_datasets as tfds
 
-  folder = os.path.expanduser(data_dir) or None
+  folder = os.fspath(files.expand_user(data_dir)) if data_dir else None
   try:
     builder = builder_class(
       data_dir=folder, file_format="array_record", **variant
@@ -134,19 +187,18 @@ def _tfds(
       builder.download_and_prepare()
   except OSError as e:
     raise DataError(
-      f"{name}: cannot use the folder {folder or '~/tensorflow_datasets'} "
-      f"({e}); set config.data.path to a folder that can be written"
+      f"the data of {name} in {folder or '~/tensorflow_datasets'}",
+      e.strerror or str(e),
+      "a folder that can be written",
+      "set config.data.path to another folder",
     ) from e
   try:
     count = builder.info.splits[split].num_examples
   except (KeyError, ValueError) as e:
     names = ", ".join(map(repr, builder.info.splits))
-    raise DataError(
-      f"{name}: no split {split!r}; use {names} or a slice of one, such as "
-      "'train[:100]'"
-    ) from e
+    raise _no_split(name, split, f"{names}, or a slice of one") from e
   if not count:
-    raise DataError(_empty(name, split))
+    raise _no_records(name, split)
   rows = builder.as_data_source(
     split=split, decoders={"image": tfds.decode.SkipDecoding()}
   )
@@ -180,38 +232,52 @@ def llava_json(
 ) -> Source:
   """One record per entry of a LLaVA-format JSON file.
 
-  The file is a list of objects: "id", "image" (a path or a list of paths
-  relative to `image_folder`; none for text only) and "conversations", a list
-  of {"from": "human" or "gpt", "value": text} in turn. A first turn that is
-  not human is dropped. The file has one split, 'train'.
+  The file is a list of objects, or has one object a line: "image" or "images"
+  (a path in `image_folder` or a list of such; none for text only) and
+  "conversations", a list of {"from": "human" or "gpt", "value": text} in turn.
+  "id" names the record; its index does if there is none. A first turn of gpt
+  is dropped, as LLaVA does; that of a system becomes `Record.system`. The
+  questions have a `<image>` for each image, or none at all. Other fields are
+  ignored, unless they name media. The file has one split, 'train'.
 
   Raises:
     DataError: the file or folder is missing, the file is not such a list, or
       the split is unknown or empty. A bad entry raises when it is read.
   """
-  if not str(path):
+  path = _given("config.data.path", path, f"set it; {_MIX_REMEDY}")
+  if not path.exists():
     raise DataError(
-      "config.data.path: empty, expected the path of a LLaVA-format JSON "
-      f"file; {_LLAVA_REMEDY}"
+      f"config.data.path: {path}",
+      "no such file",
+      "a LLaVA-format JSON file",
+      _MIX_REMEDY if path.name == _MIX else "correct the path",
     )
-  path = pathlib.Path(path).expanduser()
-  if not path.is_file():
-    raise DataError(f"{path}: no such file (config.data.path); {_LLAVA_REMEDY}")
-  if not str(image_folder):
-    raise DataError(
-      "config.data.image_folder: empty, expected the folder that the image "
-      f"paths in {path} are relative to; {_IMAGES_REMEDY}"
+  remedy = (
+    _MIX_IMAGES
+    if path.name == _MIX
+    else (
+      f"set it to the folder that the image paths in {path.name} start from"
     )
-  folder = pathlib.Path(image_folder).expanduser()
+  )
+  folder = _given("config.data.image_folder", image_folder, remedy)
   if not folder.is_dir():
     raise DataError(
-      f"{folder}: no such folder (config.data.image_folder); {_IMAGES_REMEDY}"
+      f"config.data.image_folder: {folder}",
+      "no such folder",
+      "the folder of the images",
+      remedy,
     )
   spans = _record_spans(path)
   chosen = _slice(len(spans), split, str(path))
   if not chosen:
-    raise DataError(_empty(str(path), split))
+    raise _no_records(str(path), split)
   return _LlavaJson(path, folder, spans[chosen.start : chosen.stop], chosen)
+
+
+def _given(key: str, path: str | os.PathLike, fix: str) -> pathlib.Path:
+  if not os.fspath(path):
+    raise DataError(key, "nothing", "a path", fix)
+  return files.expand_user(path)
 
 
 class _LlavaJson:
@@ -233,128 +299,228 @@ class _LlavaJson:
     return len(self._spans)
 
   def __getitem__(self, index: int) -> Record:
-    start, stop = self._spans[index]
-    with self._path.open("rb") as file:
+    start, stop = map(int, self._spans[index])
+    number = self._indices[index]
+    where = f"{self._path} record {number}"
+    with files.open_regular(self._path) as file:
       file.seek(start)
-      entry = json.loads(file.read(stop - start))
-    return _parse(entry, f"{self._path} record {self._indices[index]}", self)
+      entry = files.parse_json(file.read(stop - start), where)
+    id_ = files.get_field(
+      entry, "id", (str, int, float, type(None)), where, default=None
+    )
+    if id_ in (None, ""):
+      return _parse(entry, where, str(number), self._folder)
+    where = f"{where} (id {shorten(str(id_))})"
+    return _parse(entry, where, str(id_), self._folder)
 
-  def image_path(self, name: str) -> pathlib.Path:
-    return self._folder / name
+
+def _parse(entry: dict, where: str, id_: str, folder: pathlib.Path) -> Record:
+  """The record of a JSON entry; `where` names it in errors."""
+  images = tuple(
+    files.path_inside(folder, name, f"{where}: field image")
+    for name in _image_names(entry, where)
+  )
+  system, turns = _turns(entry, where)
+  questions = [question for question, _ in turns]
+  prompt.check_markers(questions, len(images), f"{where}: conversations")
+  return Record(id_, images, (turns,), system)
 
 
-def _parse(entry, where: str, source: _LlavaJson) -> Record:
-  """The record of one JSON entry; `where` names it in errors."""
-  if not isinstance(entry, dict):
+def _image_names(entry: dict, where: str) -> list[str]:
+  """What the fields of an entry name; refuses media that are not images."""
+  found = [key for key in ("image", "images") if entry.get(key)]
+  for key, value in entry.items():
+    if key in ("image", "images", "id", "conversations"):
+      continue
+    if not value or not isinstance(value, str | list | dict):
+      continue
+    if re.fullmatch(_MEDIUM, key, re.IGNORECASE) or (
+      not found  # else it may say more of the image
+      and (
+        re.fullmatch(_MEDIUM + _PLACE, key, re.IGNORECASE)
+        or (isinstance(value, str) and _MEDIA_FILE.fullmatch(value))
+      )
+    ):
+      raise DataError(
+        f"{where}: field {key}",
+        shorten(value),
+        "no media but images, in the field image or images",
+        "rename the field to image if it names one, or remove the record",
+      )
+  if len(found) == 2:
     raise DataError(
-      f"{where}: found {type(entry).__name__}, expected an object; remove it"
+      f"{where}: field images",
+      shorten(entry["images"]),
+      "nothing, as the field image names images, too",
+      "name all of them in one field",
     )
-  id_ = str(entry["id"]) if "id" in entry else ""
-  where = f"{where} (id {id_!r})" if id_ else where
-  bad = functools.partial(_bad_field, where)
-  if not id_:
-    raise bad("id", entry.get("id", "nothing"), "a name; add one")
-  images = entry.get("image", [])
-  images = [images] if isinstance(images, str) else images
-  if not isinstance(images, list) or not all(
-    isinstance(name, str) and name for name in images
+  names = entry[found[0]] if found else []
+  names = [names] if isinstance(names, str) else names
+  if not isinstance(names, list) or not all(
+    isinstance(name, str) for name in names
   ):
-    raise bad(
-      "image", entry["image"], "a path or a list of paths; leave it out if none"
+    raise DataError(
+      f"{where}: field {found[0]}",
+      shorten(names),
+      "a path or a list of paths",
+      "correct it, or leave it out if there is no image",
     )
+  return names
+
+
+def _turns(entry: dict, where: str) -> tuple[str, tuple[Turn, ...]]:
+  """The text of the system, if any, and the questions and their answers."""
+  where = f"{where}: field conversations"
   turns = entry.get("conversations")
   if not isinstance(turns, list):
-    found = "nothing" if turns is None else turns
-    raise bad("conversations", found, "a list of turns; add it")
-  for i, turn in enumerate(turns):
-    if not isinstance(turn, dict):
-      raise bad(f"conversations[{i}]", turn, "an object; correct it")
-    for key in ("from", "value"):
-      if not isinstance(turn.get(key), str) or not turn[key].strip():
-        raise bad(
-          f"conversations[{i}].{key}",
-          turn.get(key, "nothing"),
-          "text; add it or remove the record",
-        )
-  if turns and turns[0]["from"] != "human":
-    turns = turns[1:]
-  roles = [turn["from"] for turn in turns]
-  if not roles or roles != ["human", "gpt"] * (len(roles) // 2):
-    raise bad(
-      "conversations",
-      " ".join(roles) or "no turns",
-      "human and gpt in turn, ending with gpt; correct it",
+    raise DataError(
+      where,
+      "nothing" if turns is None else shorten(turns),
+      'a list of {"from": "human" or "gpt", "value": text}',
+      "add it, or remove the record",
     )
-  if not images and any("<image>" in turn["value"] for turn in turns):
-    raise bad("image", "nothing", "a path, as a turn says <image>; add it")
-  return Record(
-    id=id_,
-    images=tuple(source.image_path(name) for name in images),
-    conversations=(
-      tuple(
-        (human["value"], gpt["value"])
-        for human, gpt in zip(turns[::2], turns[1::2], strict=True)
-      ),
-    ),
+  texts: list[tuple[str, str]] = []
+  for i, turn in enumerate(turns):
+    turn = files.check_kind(turn, f"{where}[{i}]", dict)
+    texts.append(
+      (
+        files.get_field(turn, "from", str, f"{where}[{i}]"),
+        files.get_field(turn, "value", str, f"{where}[{i}]"),
+      )
+    )
+  first = texts[0][0] if texts else ""
+  skipped = int(first in ("system", "gpt"))
+  for i, (role, _) in enumerate(texts[skipped:]):
+    if role != ("human", "gpt")[i % 2]:
+      known = role in ("human", "gpt", "system")
+      raise DataError(
+        f"{where}[{i + skipped}]: field from",
+        shorten(role),
+        repr(("human", "gpt")[i % 2]),
+        "correct the order of the turns, or remove the record"
+        if known
+        else "call the person human and the model gpt",
+      )
+  spoken = texts[skipped:]
+  if not spoken:
+    raise DataError(
+      where, "no turns", "human and gpt in turn", "remove the record"
+    )
+  for i, (_, value) in enumerate(spoken, skipped):
+    if not value.strip():
+      raise OddRecord(
+        f"{where}[{i}]: field value",
+        shorten(value),
+        "text",
+        "write some, or remove the record",
+        kind="empty",
+      )
+  if len(spoken) % 2:
+    raise OddRecord(
+      where,
+      "a human turn last",
+      "an answer to it",
+      "remove the turn, or the record",
+      kind="unanswered",
+    )
+  values = [value for _, value in spoken]
+  return texts[0][1] if first == "system" else "", tuple(
+    zip(values[::2], values[1::2], strict=True)
   )
 
 
-def _bad_field(where: str, field: str, found, expected: str) -> DataError:
-  found = str(found)
-  found = found if len(found) <= 60 else found[:57] + "..."
-  return DataError(
-    f"{where}: field {field}: found {' '.join(found.split())!r}, expected "
-    f"{expected}"
-  )
+# Numbers need not be made while records are counted, and may be too long to.
+_SCAN = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode
+_STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}]', re.DOTALL)
 
 
 def _record_spans(path: pathlib.Path) -> Int64[np.ndarray, "R 2"]:
-  """First byte of each of the R entries of a JSON list, and that after it.
+  """First byte of each of the R records of a JSON file, and that after it.
 
   Raises:
-    DataError: the file is not a JSON list.
+    DataError: the file is neither a JSON list nor one object a line.
   """
   # As Latin-1, a character is a byte. Everything that structures JSON is
   # ASCII, and no byte of a longer UTF-8 character is.
-  text = path.read_bytes().decode("latin-1")
-  remedy = f"expected a JSON list of records; {_LLAVA_REMEDY}"
-  scan = json.JSONDecoder().raw_decode
-
-  def skip(at: int) -> int:  # white space
-    while text[at : at + 1] and text[at] in " \t\r\n":
-      at += 1
-    return at
-
+  text = files.read_bytes(path).decode("latin-1")
+  at = _skip(text, 3 if text.startswith("\xef\xbb\xbf") else 0)
   spans: list[tuple[int, int]] = []
-  at = skip(0)
-  if text[at : at + 1] != "[":
-    raise DataError(f"{path}: begins with {text[at : at + 20]!r}, {remedy}")
-  at = skip(at + 1)
   try:
-    while text[at : at + 1] != "]":
-      stop = scan(text, at)[1]
-      spans.append((at, stop))
-      at = skip(stop)
-      if text[at : at + 1] == ",":
-        at = skip(at + 1)
-      elif text[at : at + 1] != "]":
-        raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+    if text[at : at + 1] == "[":
+      spans.extend(_list_spans(text, at))
+    elif text[at : at + 1] == "{":
+      spans.extend(_line_spans(text, at))
+    else:
+      raise json.JSONDecodeError("Neither a list nor an object", text, at)
   except json.JSONDecodeError as e:
     raise DataError(
-      f"{path}: not JSON at byte {e.pos}, after {len(spans)} records "
-      f"({e.msg}), {remedy}"
+      path,
+      f"{e.msg} at byte {e.pos}, {shorten(text[e.pos : e.pos + 20])}",
+      _JSON,
+      "correct the file, or write or download it again",
     ) from e
   return np.array(spans, np.int64).reshape(-1, 2)
+
+
+def _skip(text: str, at: int) -> int:
+  """The index of what comes after white space."""
+  while text[at : at + 1] and text[at] in " \t\r\n":
+    at += 1
+  return at
+
+
+def _value_end(text: str, at: int) -> int:
+  """The index after the JSON value that begins at `at`."""
+  try:
+    return _SCAN(text, at)[1]
+  except RecursionError:  # refused when the record is read
+    depth = 0
+    for match in _STRUCTURE.finditer(text, at):
+      depth += (match[0] in "[{") - (match[0] in "]}")
+      if not depth:
+        return match.end()
+    raise json.JSONDecodeError("Unterminated value", text, at) from None
+
+
+def _list_spans(text: str, at: int) -> Iterator[tuple[int, int]]:
+  """Where the values of the list that begins at `at` are; nothing follows."""
+  at = _skip(text, at + 1)
+  more = text[at : at + 1] != "]"
+  while more:
+    stop = _value_end(text, at)
+    yield at, stop
+    at = _skip(text, stop)
+    more = text[at : at + 1] == ","
+    if more:
+      at = _skip(text, at + 1)
+    elif text[at : at + 1] != "]":
+      raise json.JSONDecodeError("No comma and no end of the list", text, at)
+  at = _skip(text, at + 1)
+  if at < len(text):
+    raise json.JSONDecodeError("More after the end of the list", text, at)
+
+
+def _line_spans(text: str, at: int) -> Iterator[tuple[int, int]]:
+  """Where the lines are; only the first one is looked at."""
+  after = _value_end(text, at)
+  line_end = text.find("\n", at)
+  if text[after : line_end if line_end >= 0 else None].strip() or (
+    0 <= line_end < after
+  ):
+    raise json.JSONDecodeError("Not one object a line", text, at)
+  while at < len(text):
+    stop = text.find("\n", at)
+    stop = len(text) if stop < 0 else stop
+    if text[at:stop].strip():
+      yield at, stop
+    at = stop + 1
 
 
 def _slice(count: int, split: str, where: str) -> range:
   """Indices of 'train', 'train[a:b]', with a and b numbers or percentages."""
   match = re.fullmatch(r"train(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
   if not match:
-    raise DataError(
-      f"{where}: no split {split!r}; a JSON file is one split, 'train', of "
-      "which 'train[:1000]' or 'train[90%:]' are slices"
-    )
+    raise _no_split(where, split, "'train' or a slice of it")
 
   def bound(text: str | None) -> int | None:
     if text is None:
@@ -366,8 +532,19 @@ def _slice(count: int, split: str, where: str) -> range:
   return range(count)[bound(match[1]) : bound(match[2])]
 
 
-def _empty(where: str, split: str) -> str:
-  return (
-    f"{where}: split {split!r} has no records, expected at least one; choose "
-    "another in config.data.train_split or config.evaluation.split"
+def _no_split(where: str, split: str, expected: str) -> DataError:
+  return DataError(
+    where,
+    f"no split {split!r}",
+    f"{expected}, such as 'train[:1000]' or 'train[90%:]'",
+    "correct config.data.train_split or config.evaluation.split",
+  )
+
+
+def _no_records(where: str, split: str) -> DataError:
+  return DataError(
+    where,
+    f"no records in split {split!r}",
+    "at least one",
+    "choose another config.data.train_split or config.evaluation.split",
   )

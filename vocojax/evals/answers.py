@@ -173,7 +173,11 @@ def _batches(
   """Records in order with their images, uint8 [F, S, S, 3] each."""
   records, images = [], []
   pairs = pipeline.eval_records(
-    source, config.model.vision.image_size, config.data, logging.warning
+    source,
+    config.model.vision.image_size,
+    config.data,
+    config.prompt.layout,
+    logging.warning,
   )
   for record, pixels in pairs:
     records.append(record)

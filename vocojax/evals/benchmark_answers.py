@@ -73,7 +73,7 @@ def longest_prompt(
         layout,
         tokenizer,
         [(question.prompt, None)],
-        has_image=True,
+        num_images=max(1, len(question.images)),
         strip_newlines=config.prompt.strip_newlines,
       )[0]
     )

@@ -113,7 +113,11 @@ def read(
     return kept, patches.mean(axis=1)
 
   records = pipeline.eval_records(
-    source, config.model.vision.image_size, config.data, logging.warning
+    source,
+    config.model.vision.image_size,
+    config.data,
+    config.prompt.layout,
+    logging.warning,
   )
   labelled = (
     (pixels[0], labels_of(record)) for record, pixels in records if len(pixels)

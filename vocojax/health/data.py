@@ -18,8 +18,9 @@ import transformers
 
 from vocojax.config import Config
 from vocojax.data import images, pipeline, prompt
-from vocojax.data.sources import Record, Source
-from vocojax.errors import DataError
+from vocojax.data.rows import with_system
+from vocojax.data.sources import ODD, Record, Source, record_border
+from vocojax.errors import DataError, OddRecord
 from vocojax.evals import plots
 from vocojax.health.findings import Finding, count
 
@@ -30,9 +31,9 @@ _LONG = 10  # sides of an image as many times each other lose most of it
 # Kinds of records that the trainer refuses.
 _BAD = {
   "entry": "bad records",
+  **ODD,
   "missing": "missing images",
   "images": "too many images",
-  "long": "texts longer than a row",
   "decode": "images that cannot be decoded",
 }
 
@@ -47,6 +48,7 @@ class Survey:
     bad: messages of the trainer about the records that it refuses, by kind.
     odd: the same about images of a size that says little.
     cut: records of which some conversations do not fit in the row.
+    shortened: records of which the end of a text is cut off.
     empty: records without a conversation to train on.
     repeated: ids that several records have, with the number of records.
     lengths: tokens of each conversation.
@@ -59,6 +61,7 @@ class Survey:
   )
   odd: list[str] = dataclasses.field(default_factory=list)
   cut: list[str] = dataclasses.field(default_factory=list)
+  shortened: list[str] = dataclasses.field(default_factory=list)
   empty: list[str] = dataclasses.field(default_factory=list)
   repeated: dict[str, int] = dataclasses.field(default_factory=dict)
   lengths: list[int] = dataclasses.field(default_factory=list)
@@ -70,6 +73,7 @@ class Survey:
       *self.refused,
       *(f"{x}: an image of odd size" for x in self.odd),
       *(f"{x}: conversations left out" for x in self.cut),
+      *(f"{x}: the end of its text is cut off" for x in self.shortened),
       *(f"{x}: no text" for x in self.empty),
     ]
 
@@ -82,6 +86,7 @@ def survey(
   source: Source,
   tokenizer: transformers.PreTrainedTokenizerFast,
   config: Config,
+  image_positions: tuple[int, int] = (0, 0),
   sample: int = SAMPLE,
 ) -> Survey:
   """Goes through all records, with a progress bar.
@@ -90,10 +95,18 @@ def survey(
     source: the records.
     tokenizer: of the run.
     config: one phase.
+    image_positions: as of `pipeline.Encoder`.
     sample: how many records have their images decoded, chosen at random.
   """
   result = Survey(len(source))
-  surveyor = _Surveyor(result, tokenizer, config)
+  encoder = pipeline.Encoder(
+    tokenizer,
+    config.prompt,
+    config.data,
+    config.model.vision.image_size,
+    image_positions=image_positions,
+  )
+  surveyor = _Surveyor(result, encoder, config)
   order = np.random.default_rng(config.seed).permutation(len(source))
   chosen = set(order[:sample].tolist())
   ids: collections.Counter[str] = collections.Counter()
@@ -105,12 +118,13 @@ def survey(
     dynamic_ncols=True,
   ):
     try:
-      record = source[i]
+      with record_border(f"record {i}"):
+        record = source[i]
+        ids[record.id] += 1
+        surveyor.look(record, decode=i in chosen)
     except DataError as e:
-      result.bad["entry"].append(str(e))
-      continue
-    ids[record.id] += 1
-    surveyor.look(record, decode=i in chosen)
+      kind = e.kind if isinstance(e, OddRecord) else "entry"
+      result.bad[kind].append(str(e))
   result.repeated = {id_: n for id_, n in ids.items() if n > 1}
   return result
 
@@ -118,24 +132,27 @@ def survey(
 class _Surveyor:
   """Looks at one record after the other."""
 
-  def __init__(self, result: Survey, tokenizer, config: Config):
+  def __init__(self, result: Survey, encoder: pipeline.Encoder, config: Config):
     self._result = result
-    self._tokenizer = tokenizer
-    self._prompt = config.prompt
+    self._encoder = encoder
+    self._layout = prompt.LAYOUTS[config.prompt.layout]
     self._data = config.data
     self._vision = config.model.vision
-    self._encoder = pipeline.Encoder(
-      tokenizer, config.prompt, config.data, config.model.vision.image_size
-    )
 
   def look(self, record: Record, decode: bool) -> None:
-    """Adds what there is to say about a record to the result."""
+    """Adds what there is to say about a record to the result.
+
+    Raises:
+      DataError: its text cannot be trained on.
+    """
     data, result = self._data, self._result
+    record = with_system(record, self._layout)
     turns = [
       c for c in record.conversations if c[-1][1] not in data.skip_answers
     ]
-    lengths = [self._length(record, t) for t in turns]
+    lengths = [len(self._encoder.tokenize(record, t)[0]) for t in turns]
     result.lengths += lengths
+    longest = self._encoder.longest(record)
     kind = "decode"
     if any(
       isinstance(x, pathlib.Path) and not x.is_file() for x in record.images
@@ -144,10 +161,13 @@ class _Surveyor:
     elif len(record.images) > data.max_images:
       kind = "images"
     elif too_long := [
-      t for t, n in zip(turns, lengths, strict=True) if n > data.max_text_length
+      t for t, n in zip(turns, lengths, strict=True) if n > longest
     ]:
-      kind = "long"
-      record = dataclasses.replace(record, conversations=(too_long[0],))
+      if data.on_long_text == "refuse":
+        record = dataclasses.replace(record, conversations=(too_long[0],))
+      self._encoder.prepare(record, np.random.default_rng(0))
+      result.shortened.append(f"record {record.id}")
+      lengths = [min(n, longest) for n in lengths]
     if decode or kind != "decode":
       result.decoded += kind == "decode"
       try:
@@ -162,17 +182,6 @@ class _Surveyor:
     taken = data.conversations_per_record or len(lengths)
     if sum(sorted(lengths)[-taken:]) > data.max_text_length:
       result.cut.append(f"record {record.id}")
-
-  def _length(self, record: Record, turns) -> int:
-    return len(
-      prompt.encode(
-        prompt.LAYOUTS[self._prompt.layout],
-        self._tokenizer,
-        turns,
-        has_image=bool(record.images),
-        strip_newlines=self._prompt.strip_newlines,
-      )[0]
-    )
 
   def _size(self, record: Record, image: bytes | pathlib.Path) -> None:
     """Whether an image that can be decoded shows anything."""
@@ -193,7 +202,10 @@ def findings(found: Survey, config: Config) -> Iterator[Finding]:
       more = f" (and {len(messages) - 1:,} more)" if len(messages) > 1 else ""
       # The message says what to do.
       yield Finding(
-        f"{name}, {title}", f"{len(messages):,}", status, messages[0] + more
+        f"{name}, {title}",
+        f"{len(messages):,}",
+        "warning" if kind == "cut" else status,
+        messages[0] + more,
       )
   if found.odd:
     yield Finding(
@@ -211,6 +223,14 @@ def findings(found: Survey, config: Config) -> Iterator[Finding]:
       f"all that do not fit into {config.data.max_text_length} tokens with "
       "those before them; raise config.data.max_text_length",
     )
+  if found.shortened:
+    yield Finding(
+      f"{name}, texts that are cut off",
+      _first(found.shortened),
+      "warning",
+      f"sequences end at {config.data.max_text_length} tokens, images counted, "
+      "as LLaVA's do (config.data.on_long_text)",
+    )
   if found.empty:
     yield Finding(
       f"{name}, records without text",
@@ -227,6 +247,8 @@ def findings(found: Survey, config: Config) -> Iterator[Finding]:
       "harmless in training; other ids would tell the records apart in errors",
     )
   good = found.records - len(found.refused)
+  if len(found.refused) == len(found.bad["cut"]):  # they stop no run
+    status = "warning"
   yield Finding(
     f"{name}, records",
     f"{good:,} of {found.records:,} can be trained on (images of "

@@ -151,12 +151,11 @@ def prepare(
   _check_fields(request, room)
   if cache is not None:
     _check_cache(cache, room)
-  _check_markers(request, 0 if cache is None else cache.num_images)
   ids, _ = prompt.encode(
     room.layout,
     room.tokenizer,
     request.turns,
-    has_image=cache is not None,
+    num_images=0 if cache is None else cache.num_images,
     strip_newlines=room.strip_newlines,
   )
   if len(ids) > room.max_text_length:
@@ -204,20 +203,6 @@ def _check_fields(request: Request, room: Room) -> None:
       )
   if "" in request.stop:
     raise UserError("stop", "an empty text", "a text", "leave it out")
-
-
-def _check_markers(request: Request, num_images: int) -> None:
-  """Markers stand for the images, one each; without any they come first."""
-  count = sum(q.count(prompt.IMAGE_MARKER) for q, _ in request.turns)
-  if count not in (0, num_images):
-    raise UserError(
-      "question",
-      f"{count} {prompt.IMAGE_MARKER}",
-      f"{num_images}, as there are images, or none"
-      if num_images
-      else "none, as there is no image",
-      "give the images, or correct the text",
-    )
 
 
 def _check_cache(cache: VocoCache, room: Room) -> None:

@@ -50,7 +50,9 @@ class Feed:
       self._extra["micro_batch_ids"] = grouping.micro_batch_ids(
         data, self._index, self.shard_count
       )
-    self._may_skip = data.on_bad_record == "skip"
+    self._may_skip = data.on_bad_record == "skip" or (
+      data.on_long_text == "truncate"
+    )
     self.bad_records = 0
     self.fill: dict[str, int] = {}
     self._iterator = iter(

@@ -77,6 +77,7 @@ class Phase:
       config.data,
       model.vision.image_size,
       model.compressor.budgets,
+      (self.model.stream.start, self.model.stream.stride),
     )
 
 

@@ -72,7 +72,7 @@ def compare(plan: into.Plan, path: str) -> float:
     layout,
     tokenizer,
     [(_QUESTION, None)],
-    has_image=True,
+    num_images=1,
     strip_newlines="none",
   )
   size = config.vision.image_size

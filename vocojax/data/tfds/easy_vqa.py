@@ -70,7 +70,9 @@ def package_folder() -> pathlib.Path:
   spec = importlib.util.find_spec("easy_vqa")
   if spec is None or spec.origin is None:
     raise DataError(
-      "easy_vqa: the Python package that holds the images is not installed; "
-      "run `pip install easy-vqa`"
+      "the package easy-vqa",
+      "nothing",
+      "the images, which are in it",
+      "pip install easy-vqa",
     )
   return pathlib.Path(spec.origin).parent / "data"
