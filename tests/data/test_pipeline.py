@@ -444,7 +444,7 @@ MESSAGES = [
   "record 15: got half of a surrogate pair",
   "record 16: got byte 0xe9 at offset",
   "record r18: got a conversation of 16 tokens, expected at most 12",
-  r"record 19 \(id 'r19'\): conversations: got 1 <image>, expected none, as there is no image",
+  r"record 19 \(id 'r19'\): conversations: got 1 <image>, expected none",
 ]
 
 
