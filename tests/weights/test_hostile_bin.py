@@ -158,6 +158,8 @@ PICKLES = {
     b"\x80\x02}" + (plain("w") + tensor() + b"s") * 2 + b".",
     "'w' twice",
   ),
+  "frame": (b"\x80\x04\x95" + struct.pack("<Q", 2**40) + b"}.", "damage ('a f"),
+  "protocol": (b"\x80\x63}.", "damage ('protocol 99"),
   "more after its end": (SOUND["x/data.pkl"] + b"N.", "another number of"),
 }
 

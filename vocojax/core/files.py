@@ -31,6 +31,7 @@ _NAMES = {
 }
 # Of files that are read whole. LLaVA's largest JSON file has 1.0 GiB.
 MAX_BYTES = 2**33
+_MAX_NAME = 255  # bytes of a file's name, on any file system
 
 
 def expand_user(
@@ -396,10 +397,13 @@ def file_name(name: str, where: Any, error: Errors = DataError) -> str:
   Raises:
     UserError: of class `error`; it is anything else.
   """
-  path = path_inside(".", name, where, error)
-  if path.name != name:
-    raise error(where, shorten(name), "a plain file name", "correct the name")
-  return name
+  with contextlib.suppress(error):
+    if (
+      path_inside(".", name, where, error).name == name
+      and len(os.fsencode(name)) <= _MAX_NAME
+    ):
+      return name
+  raise error(where, shorten(name), "a plain file name", "correct the name")
 
 
 def write_atomic(

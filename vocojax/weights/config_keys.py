@@ -31,7 +31,7 @@ class Number:
       raise WeightsError(
         where,
         shorten(value),
-        f"{self.least:g} to {self.most:g}",
+        f"{self.least:,} to {self.most:,}",
         "correct it, or download the file again",
       )
 

@@ -9,6 +9,7 @@ about as large as the pickle. Read next: `files.py`.
 """
 
 import pathlib
+import pickle
 import pickletools
 import struct
 import zipfile
@@ -240,6 +241,10 @@ class _Machine:
         if opcode.name == "STOP":
           end = (position or 0) + 1
         else:
+          if opcode.name == "PROTO" and argument > pickle.HIGHEST_PROTOCOL:
+            raise ValueError(f"protocol {argument}")
+          if opcode.name == "FRAME" and argument > len(content):
+            raise ValueError(f"a frame of {argument} bytes")
           self._do(opcode.name, argument)
     except (ValueError, LookupError, OverflowError) as e:
       raise _Refused(
