@@ -1,11 +1,14 @@
 """Frames of real video files, known by their greys; see videos.py."""
 
 import fractions
+import os
 import re
+import struct
 import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.data import videos
 from vocojax.data import video
@@ -73,20 +76,106 @@ def test_frames_are_padded_or_cut_as_images_are(tmp_path):
 
 
 def test_errors_name_file_and_remedy(tmp_path):
-  bad, sound, cut = (tmp_path / f"{x}.mp4" for x in ("bad", "sound", "cut"))
+  bad, sound, cut, cover, script = (
+    tmp_path / f"{x}.mp4" for x in ("bad", "sound", "cut", "cover", "script")
+  )
   bad.write_bytes(b"not a video" * 100)
   videos.write_sound(sound)
   videos.write(cut, 20)
   cut.write_bytes(cut.read_bytes()[:700])
-  for path, words in (
-    (bad, r"bad.mp4: not a video that can be read \(.*Invalid data.*\); rep"),
-    (cut, r"cut.mp4: not a video that can be read \(.*\); replace the file"),
-    (sound, "sound.mp4: found no pictures in it, expected a video; replace"),
-    (tmp_path / "none.mp4", r"none.mp4: not a video .*\(.*No such file.*\)"),
+  videos.write(cover, 0, cover="only")
+  videos.write(tmp_path / "other.mp4", 3)
+  script.write_text("#EXTM3U\n#EXTINF:1,\nother.mp4\n#EXT-X-ENDLIST\n")
+  os.mkfifo(tmp_path / "pipe.mp4")
+  for path, got in (
+    (bad, ".*Invalid data.*"),
+    (cut, ".*"),
+    (sound, "no pictures in it"),
+    (cover, "no pictures in it but a cover"),
+    (script, ".*Invalid data.*"),
+    (tmp_path / "none.mp4", "no such file"),
+    (tmp_path / "pipe.mp4", "a pipe"),
+    (tmp_path / "a\0.mp4", "embedded null byte"),
   ):
-    with pytest.raises(DataError, match=words) as e:
+    with pytest.raises(DataError) as e:
       video.read_frames(path, 4, SIZE, True)
-    assert "\n" not in str(e.value)
+    assert e.value.where.startswith(str(path)[: len(str(tmp_path)) + 2])
+    assert re.fullmatch(got, e.value.got), e.value
+
+
+def turn(path, matrix):
+  """Writes a display matrix into an mp4 file, as phones do."""
+  content = bytearray(path.read_bytes())
+  at = content.index(b"tkhd") + 4 + 4 + 36
+  a, b, c, d = matrix
+  values = (a, b, 0, c, d, 0, 0, 0)
+  content[at : at + 36] = struct.pack(
+    ">9i", *(x << 16 for x in values), 1 << 30
+  )
+  path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+  ("matrix", "transform"),
+  [
+    ((0, 1, -1, 0), Image.Transpose.ROTATE_270),  # held upright
+    ((0, -1, 1, 0), Image.Transpose.ROTATE_90),
+    ((-1, 0, 0, -1), Image.Transpose.ROTATE_180),
+    ((-1, 0, 0, 1), Image.Transpose.FLIP_LEFT_RIGHT),
+    ((1, 0, 0, -1), Image.Transpose.FLIP_TOP_BOTTOM),
+    ((0, 1, 1, 0), Image.Transpose.TRANSPOSE),
+    ((0, -1, -1, 0), Image.Transpose.TRANSVERSE),
+  ],
+)
+def test_frames_are_upright(tmp_path, matrix, transform):
+  rows = np.arange(videos.HEIGHT)[:, None, None] * 4
+  columns = np.arange(videos.WIDTH)[None, :, None] // 2
+  picture = np.broadcast_to(rows + columns, (48, 64, 3)).astype(np.uint8)
+  path = tmp_path / "a.mp4"
+  videos.write(path, 1, levels=lambda _: picture)
+  (flat,) = video.read_frames(path, 1, 64, True)
+  turn(path, matrix)
+  (found,) = video.read_frames(path, 1, 64, True)
+  expected = np.asarray(Image.fromarray(flat).transpose(transform))
+  assert np.abs(found.astype(int) - expected).max() < 8
+
+
+def test_frames_by_time_where_they_are_uneven(tmp_path):
+  """A busy second, then one frame a second, then none for three."""
+  times = [*range(0, 30, 3), 30, 60, 90, 180, 210]
+  path = tmp_path / "a.mp4"
+  videos.write(path, len(times), 30, times=times)
+  frames = video.read_frames(path, 100, SIZE, True)
+  assert indices(frames) == [0, 10, 11, 12, 12, 12, 13, 14]
+  assert indices(video.read_frames(path, 2, SIZE, True)) == [11, 13]
+  # A frame or two that come late leave the count of the others.
+  late = [*range(0, 40), *range(41, 60)]
+  videos.write(path, len(late), 10, times=late)
+  frames = video.read_frames(path, 100, SIZE, True)
+  assert indices(frames) == [0, 10, 20, 0, 10, 20]
+
+
+def test_a_cover_is_no_video(tmp_path):
+  videos.write(tmp_path / "a.mp4", 8, cover="too")
+  frames = video.read_frames(tmp_path / "a.mp4", 9, SIZE, True)
+  assert indices(frames) == [0, 5]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".MP4", ".webm", ".Mov", ".MKV"])
+def test_endings(tmp_path, suffix):
+  (tmp_path / f"v.x{suffix}").touch()
+  (tmp_path / "v.xy.mp4").touch()
+  (tmp_path / "V.X.avi").touch()
+  found = video.find_video(tmp_path, "v.x", "here")
+  assert found == tmp_path / f"v.x{suffix}"
+  for name, got in (
+    ("v", f"no video {tmp_path}/v"),
+    ("../v", "'../v'"),
+    ("a/b", f"no video {tmp_path}/a/b"),
+  ):
+    with pytest.raises(DataError) as e:
+      video.find_video(tmp_path, name, "here")
+    assert (e.value.where, e.value.got) == ("here", got)
 
 
 def test_damaged_packets_are_left_out(tmp_path, caplog):
@@ -105,6 +194,7 @@ def test_damaged_packets_are_left_out(tmp_path, caplog):
 
 def test_without_pyav(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "av", None)  # cannot be imported
-  words = "a.mp4: a video, but PyAV is not installed, .*; pip install av"
-  with pytest.raises(UserError, match=words):
+  with pytest.raises(UserError) as e:
     video.read_frames(tmp_path / "a.mp4", 4, SIZE, True)
+  assert e.value.where == f"{tmp_path}/a.mp4"
+  assert e.value.fix.startswith("pip install av")
