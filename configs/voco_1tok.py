@@ -17,6 +17,8 @@ def get_config():
   c = common.get_config()
   c.prompt.strip_newlines = "original"
   c.model.mlp_chunks = 4
+  # 2,048 positions in all, so 1,469 - k of text with an image.
+  c.data.update(max_text_length=2048, on_long_text="truncate")
   # Which records meet in a step, and that each device's mean over 8 rows counts
   # the same: together they decide how much the few long texts are heard.
   c.data.batching = "group_by_length"
