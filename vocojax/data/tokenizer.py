@@ -14,11 +14,16 @@ import tokenizers
 import transformers
 from tokenizers import models, pre_tokenizers
 
-from vocojax.errors import DataError
+from vocojax.core.files import expand_user
+from vocojax.errors import DataError, shorten
 
 VOCO_TOKEN = "<voco>"
 _SPECIAL = ("<unk>", "<s>", "</s>", VOCO_TOKEN)
 _FILES = ("tokenizer.json", "tokenizer.model")
+_FIX = (
+  "name a folder with the files of a Hugging Face tokenizer, such as those of "
+  "lmsys/vicuna-7b-v1.5"
+)
 
 
 def load_tokenizer(
@@ -34,38 +39,35 @@ def load_tokenizer(
       begin-of-text or end-of-text token, or transformers makes something else
       of a lone `tokenizer.model`.
   """
-  folder = pathlib.Path(folder).expanduser()
-  remedy = (
-    "set config.data.tokenizer to a Hugging Face tokenizer folder, such as "
-    "the tokenizer files of lmsys/vicuna-7b-v1.5 on the Hugging Face hub"
-  )
+  folder = expand_user(folder)
+  where = f"tokenizer folder {folder}"
+  files = " or ".join(_FILES)
   if not folder.is_dir():
-    raise DataError(f"tokenizer folder {folder}: no such folder; {remedy}")
+    raise DataError(where, "no such folder", f"a folder with {files}", _FIX)
   if not any((folder / name).is_file() for name in _FILES):
-    raise DataError(
-      f"tokenizer folder {folder}: holds neither {' nor '.join(_FILES)}; "
-      f"{remedy}"
-    )
+    raise DataError(where, "none of its files", files, _FIX)
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(
       str(folder), local_files_only=True, trust_remote_code=False
     )
   except Exception as e:  # the Rust parser raises bare Exception
     raise DataError(
-      f"tokenizer folder {folder}: cannot be read "
-      f"({' '.join(str(e).split())[:200]}); {remedy}"
+      where,
+      f"what transformers cannot read ({shorten(str(e), 200)})",
+      "a Hugging Face tokenizer",
+      _FIX,
     ) from e
   if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
     raise DataError(
-      f"tokenizer folder {folder}: holds a {type(tokenizer).__name__}, "
-      "expected one with a tokenizer.json; save it again with transformers' "
-      "save_pretrained"
+      where,
+      f"a {type(tokenizer).__name__}",
+      "a tokenizer with a tokenizer.json",
+      "save it again with transformers' save_pretrained",
     )
   for key in ("bos_token", "eos_token"):
     if getattr(tokenizer, key) is None:
       raise DataError(
-        f"tokenizer folder {folder}: no {key}; name one in "
-        "tokenizer_config.json"
+        where, f"no {key}", "one", "name it in tokenizer_config.json"
       )
   _check_converted(folder, tokenizer)
   # Some files ask for it; prompt.py lays down whole texts.
@@ -90,10 +92,11 @@ def _check_converted(folder: pathlib.Path, tokenizer) -> None:
   found = backend.encode(text, add_special_tokens=False).ids
   if found != own:
     raise DataError(
-      f"tokenizer folder {folder}: {_FILES[1]} as transformers reads it gives "
-      f"{found} for {text!r}, expected {own} as sentencepiece gives; put a "
-      "tokenizer_config.json with its tokenizer_class (LlamaTokenizer) beside "
-      "it"
+      f"tokenizer folder {folder}: {_FILES[1]}",
+      f"{found} for {text!r}, as transformers reads it",
+      f"{own}, as sentencepiece does",
+      "put a tokenizer_config.json with its tokenizer_class (LlamaTokenizer) "
+      "beside it",
     )
 
 

@@ -241,10 +241,6 @@ class _Machine:
         if opcode.name == "STOP":
           end = (position or 0) + 1
         else:
-          if opcode.name == "PROTO" and argument > pickle.HIGHEST_PROTOCOL:
-            raise ValueError(f"protocol {argument}")
-          if opcode.name == "FRAME" and argument > len(content):
-            raise ValueError(f"a frame of {argument} bytes")
           self._do(opcode.name, argument)
     except (ValueError, LookupError, OverflowError) as e:
       raise _Refused(
@@ -302,7 +298,13 @@ class _Machine:
     elif name == "BUILD":  # attributes, such as the versions of torch's modules
       self._pop(1)
       self._changed(dict)
-    elif name not in ("PROTO", "FRAME"):
+    elif name == "PROTO":
+      if argument > pickle.HIGHEST_PROTOCOL:
+        raise ValueError(f"protocol {argument}")
+    elif name == "FRAME":
+      if argument > _PICKLE_BYTES:
+        raise ValueError(f"a frame of {argument} bytes")
+    else:
       raise _Refused(f"the opcode {name}", "those that tensors need")
 
   def _pop(self, count: int) -> list[Any]:

@@ -164,8 +164,8 @@ def _load_apart(folder: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
     except DataError as e:
       raise WeightsError(
         f"{folder}: tokenizer",
-        e.got or "files that cannot be read",
-        e.expected or "those of a Hugging Face tokenizer",
+        e.got,
+        e.expected,
         "copy the tokenizer's files of the model into this folder",
       ) from e
 
