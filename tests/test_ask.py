@@ -26,7 +26,7 @@ import pytest
 from PIL import Image
 
 import vocojax
-from tests import runs
+from tests import disks, runs
 from vocojax import ask
 from vocojax.config import load_module, phases
 from vocojax.errors import UserError
@@ -734,6 +734,34 @@ def test_wrong_value(engine, values, where, got, expected):
       make()
     error = e.value
     assert (error.where, error.got, error.expected) == (where, got, expected)
+
+
+def test_a_disk_that_is_full_or_read_only(folder, answers, program, tmp_path):
+  """One line; what was answered stays, and the job resumes with room."""
+  arguments = [write_lines(folder / "disk.jsonl", LINES), "--slots=1"]
+  with disks.mounted(tmp_path / "disk", "8k") as disk:
+    out = disk / "out.jsonl"
+    arguments.append(f"--out={out}")
+    disks.fill(disk, leave=4096)
+    for got, where in (
+      ("No space left on device", out),
+      ("Read-only file system", disk / ".out.jsonl.lock"),
+    ):
+      status, _, err = program(*arguments)
+      assert status == 2
+      last = err.splitlines()[-1]
+      assert last.startswith(f"error: {where}: got {got}, "), err
+      assert "Traceback" not in err
+      assert sorted(os.listdir(disk)) == ["fill", "out.jsonl"]
+      disks.remount(disk, "ro")
+    before = out.read_bytes().rpartition(b"\n")[0] + b"\n"
+    assert 0 < before.count(b"\n") < len(LINES)
+    disks.remount(disk, "rw")
+    (disk / "fill").unlink()
+    assert program(*arguments)[0] == 0
+    assert out.read_bytes().startswith(before)
+    assert {x["id"]: x["answer"] for x in read_lines(out)} == answers
+    assert os.listdir(disk) == ["out.jsonl"]
 
 
 def test_two_jobs_at_once(folder, answers, program, tmp_path):

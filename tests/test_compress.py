@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import vocojax
-from tests import runs
+from tests import disks, runs
 from vocojax import assemble
 from vocojax.config import load_module, phases
 from vocojax.data import tokenizer
@@ -298,6 +298,24 @@ def test_shards_share_the_work(tmp_path, folder, program, whole):
     assert len(contents(store)) == sum(seen)
   assert seen == [134, 133, 133]
   assert contents(store) == whole
+
+
+def test_a_disk_that_is_full_or_read_only(tmp_path, folder, program, whole):
+  """One line, nothing half written, and the run resumes with room."""
+  with disks.mounted(tmp_path / "disk", "256k") as disk:
+    for got in ("no space left", "Read-only file system"):
+      status, _, err = program(folder / "many", disk / "store")
+      assert status == 2
+      lines = [x for x in err.split("\n") if x and "image/s]" not in x]
+      assert len(lines) == 1, err
+      assert lines[0].startswith(f"error: {disk}/store: got {got}, ")
+      assert not list(disk.rglob("*.__lock"))
+      disks.remount(disk, "ro")
+    before = contents(disk / "store")
+    assert 10 < len(before) < MANY and before.items() <= whole.items()
+    disks.remount(disk, "rw,size=16m")
+    assert program(folder / "many", disk / "store")[0] == 0
+    assert contents(disk / "store") == whole
 
 
 @pytest.mark.parametrize(

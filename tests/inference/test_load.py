@@ -86,25 +86,26 @@ def test_other_compressors(folder):
 
 
 @pytest.mark.parametrize(
-  "options, error, words",
+  "options, error, where",
   [
-    ({"num_voco_tokens": 4}, UserError, r"found 4, .* with 3; choose 1 to 3"),
-    ({"num_voco_tokens": 0}, UserError, r"found 0, .* with 3; choose 1 to 3"),
+    ({"num_voco_tokens": 4}, UserError, "num_voco_tokens"),
+    ({"num_voco_tokens": 0}, UserError, "num_voco_tokens"),
     (
       {"num_voco_tokens": 2, "compressor": "full"},
       UserError,
-      "the tokens of 'full'",
+      "num_voco_tokens",
     ),
-    ({"compressor": "avgpool"}, CheckpointError, "when used as 'avgpool'"),
-    ({"slots": 0}, UserError, "slots: found 0"),
+    ({"compressor": "avgpool"}, CheckpointError, "FOLDER"),
+    ({"slots": 0}, UserError, "slots"),
   ],
 )
-def test_errors(folder, options, error, words):
-  with pytest.raises(error, match=words) as e:
+def test_errors(folder, options, error, where):
+  with pytest.raises(error) as e:
     load(folder, **options)
-  assert "\n" not in str(e.value)
+  assert e.value.where.startswith(where.replace("FOLDER", str(folder)))
 
 
 def test_no_checkpoint(tmp_path):
-  with pytest.raises(CheckpointError, match="no folder 'checkpoints' in it"):
+  with pytest.raises(CheckpointError) as e:
     vocojax.load(tmp_path)
+  assert e.value.where.startswith(str(tmp_path))

@@ -159,10 +159,12 @@ def _clear(url: str, what: str):
         "free some, or shrink the store: python -m vocojax.store gc "
         f"--store={url} --max_bytes=N",
       ) from e
-    if re.search(r"os_error_code='(1|13|30)'|AccessDenied|code='40[13]'", text):
+    if match := re.search(
+      r"os_error_code='(1|13|30)'|AccessDenied|code='40[13]'", text
+    ):
       raise CacheError(
         url,
-        f"permission denied ({_short(text)})",
+        os.strerror(int(match[1])) if match[1] else _short(text),
         expected,
         "choose another --store, or get the right to use this one",
       ) from e

@@ -235,8 +235,9 @@ class CacheStore:
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
-    self.close()
+  def __exit__(self, kind, *_):
+    # What cannot be written to, or not any more, is not reported twice.
+    self._uses.flush(warn=kind is None or not issubclass(kind, CacheError))
 
   def _checked(
     self, key: str, value: bytes | None, version: bytes

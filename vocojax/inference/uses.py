@@ -51,7 +51,7 @@ class Uses:
     if due:
       self.flush()
 
-  def flush(self) -> None:
+  def flush(self, warn: bool = True) -> None:
     """Writes what is not written; a store that cannot be is left alone."""
     with self._lock:
       pending, self._pending = self._pending, {}
@@ -60,7 +60,10 @@ class Uses:
       try:
         self._write(pending)
       except CacheError as e:
-        logging.warning("%s; eviction will not know what was used", e)
+        if warn:
+          logging.warning(
+            "%s: got %s; eviction will not know what was used", e.where, e.got
+          )
 
   def read(self) -> Sizes:
     """What is known from all processes, of entries there or gone."""
