@@ -738,11 +738,12 @@ def test_wrong_value(engine, values, where, got, expected):
 
 def test_a_disk_that_is_full_or_read_only(folder, answers, program, tmp_path):
   """One line; what was answered stays, and the job resumes with room."""
-  arguments = [write_lines(folder / "disk.jsonl", LINES), "--slots=1"]
-  with disks.mounted(tmp_path / "disk", "8k") as disk:
+  lines = [x | {"id": f"{x['id']} {n}"} for n in range(3) for x in LINES]
+  arguments = [write_lines(folder / "disk.jsonl", lines), "--slots=1"]
+  with disks.mounted(tmp_path / "disk", "64k") as disk:
     out = disk / "out.jsonl"
     arguments.append(f"--out={out}")
-    disks.fill(disk, leave=4096)
+    disks.fill(disk, leave=2 * 4096)  # one of them for the lock
     for got, where in (
       ("No space left on device", out),
       ("Read-only file system", disk / ".out.jsonl.lock"),
@@ -755,12 +756,14 @@ def test_a_disk_that_is_full_or_read_only(folder, answers, program, tmp_path):
       assert sorted(os.listdir(disk)) == ["fill", "out.jsonl"]
       disks.remount(disk, "ro")
     before = out.read_bytes().rpartition(b"\n")[0] + b"\n"
-    assert 0 < before.count(b"\n") < len(LINES)
+    assert 10 < before.count(b"\n") < len(lines)
     disks.remount(disk, "rw")
     (disk / "fill").unlink()
     assert program(*arguments)[0] == 0
     assert out.read_bytes().startswith(before)
-    assert {x["id"]: x["answer"] for x in read_lines(out)} == answers
+    assert {x["id"]: x["answer"] for x in read_lines(out)} == {
+      line["id"]: answers[line["id"].split()[0]] for line in lines
+    }
     assert os.listdir(disk) == ["out.jsonl"]
 
 
