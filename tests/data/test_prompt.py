@@ -1,6 +1,7 @@
 """Tokenizers and prompts: golden ids of LLaMA's tokenizer, label spans."""
 
 import doctest
+import os
 import random
 
 import pytest
@@ -226,5 +227,16 @@ def test_missing_tokenizer(tmp_path):
 
   assert refused(tmp_path / "nowhere") == "no such folder"
   assert refused(tmp_path) == "none of its files"
-  (tmp_path / "tokenizer.json").write_text("{")
-  assert refused(tmp_path).startswith("what transformers cannot read (")
+  for content in (b"{", b"[]", b"{}", b"\xff", b'{"model": {"type": 3}}'):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    assert refused(tmp_path).startswith("what transformers cannot read (")
+
+
+def test_tokenizer_files_that_are_none(tmp_path):
+  """Neither a pipe nor a device is waited for."""
+  tokenizer.build_word_level(["a"]).save_pretrained(tmp_path)
+  os.mkfifo(tmp_path / "added_tokens.json")
+  with pytest.raises(DataError) as e:
+    tokenizer.load_tokenizer(tmp_path)
+  assert e.value.where == f"{tmp_path}/added_tokens.json"
+  assert e.value.got == "a pipe"

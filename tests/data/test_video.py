@@ -166,16 +166,11 @@ def test_endings(tmp_path, suffix):
   (tmp_path / f"v.x{suffix}").touch()
   (tmp_path / "v.xy.mp4").touch()
   (tmp_path / "V.X.avi").touch()
-  found = video.find_video(tmp_path, "v.x", "here")
-  assert found == tmp_path / f"v.x{suffix}"
-  for name, got in (
-    ("v", f"no video {tmp_path}/v"),
-    ("../v", "'../v'"),
-    ("a/b", f"no video {tmp_path}/a/b"),
-  ):
+  assert video.find_video(tmp_path / "v.x") == tmp_path / f"v.x{suffix}"
+  for name in ("v", "a/b", "v.x.mp4", "a\0b"):
     with pytest.raises(DataError) as e:
-      video.find_video(tmp_path, name, "here")
-    assert (e.value.where, e.value.got) == ("here", got)
+      video.find_video(tmp_path / name)
+    assert e.value.got == "no such video"
 
 
 def test_damaged_packets_are_left_out(tmp_path, caplog):

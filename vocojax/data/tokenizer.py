@@ -14,7 +14,7 @@ import tokenizers
 import transformers
 from tokenizers import models, pre_tokenizers
 
-from vocojax.core.files import expand_user
+from vocojax.core.files import expand_user, open_regular
 from vocojax.errors import DataError, shorten
 
 VOCO_TOKEN = "<voco>"
@@ -44,8 +44,11 @@ def load_tokenizer(
   files = " or ".join(_FILES)
   if not folder.is_dir():
     raise DataError(where, "no such folder", f"a folder with {files}", _FIX)
-  if not any((folder / name).is_file() for name in _FILES):
+  if not any((folder / name).exists() for name in _FILES):
     raise DataError(where, "none of its files", files, _FIX)
+  # transformers would wait for a pipe.
+  for path in sorted({*folder.glob("*token*"), *folder.glob("*.json")}):
+    open_regular(path).close()
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(
       str(folder), local_files_only=True, trust_remote_code=False

@@ -29,35 +29,27 @@ _CONTAINERS = (
 )
 
 
-def find_video(
-  folder: str | os.PathLike, name: str, where: str
-) -> pathlib.Path:
-  """The video file in a folder that has a name and one of the `SUFFIXES`.
-
-  Capital letters of the ending do not matter.
+def find_video(stem: pathlib.Path) -> pathlib.Path:
+  """The video file with one of the `SUFFIXES`, in small letters or capitals.
 
   Args:
-    folder: of videos.
-    name: of the file, without its ending; comes from a file.
-    where: names the place of the name in errors.
+    stem: the path without its ending.
 
   Raises:
-    DataError: there is none, or the name leads out of the folder.
+    DataError: there is none.
   """
-  stem = files.path_inside(folder, name, where)
   paths = [stem.with_name(stem.name + suffix) for suffix in SUFFIXES]
   for path in paths:
-    if path.is_file():
+    if os.path.isfile(path):
       return path
-  wanted = {path.name.lower() for path in paths}
-  if stem.parent.is_dir():
+  if os.path.isdir(stem.parent):
     for path in sorted(stem.parent.iterdir()):
-      same = path.name[: len(stem.name)] == stem.name
-      if same and path.name.lower() in wanted and path.is_file():
+      ending = path.name.removeprefix(stem.name)
+      if stem.name + ending == path.name and ending.lower() in SUFFIXES:
         return path
   raise DataError(
-    where,
-    f"no video {stem}",
+    stem,
+    "no such video",
     f"one that ends in {', '.join(SUFFIXES)}",
     "put it there",
   )
