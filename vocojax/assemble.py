@@ -23,7 +23,7 @@ from vocojax.data.tokenizer import (
   build_word_level,
   load_tokenizer,
 )
-from vocojax.errors import CheckpointError, ConfigError, UserError
+from vocojax.errors import CheckpointError, ConfigError, DataError, UserError
 from vocojax.evals import answers
 from vocojax.inference.engine import Engine
 from vocojax.models.compressors import StreamTokens
@@ -89,7 +89,10 @@ def tokenizer_for(
       "folder; the tokenizer files of lmsys/vicuna-7b-v1.5 on the Hugging Face "
       "hub are what LLaVA uses"
     )
-  return load_tokenizer(folder)
+  try:
+    return load_tokenizer(folder)
+  except DataError as e:
+    raise e.within("config.data.tokenizer") from e
 
 
 def _texts(config: Config, source: Source) -> Iterator[str]:
