@@ -221,7 +221,7 @@ def result_name(
   if layout := loaded.chosen_layout:
     name, title = f"{name}_{layout}", f"{title}, prompt layout {layout}"
   if loaded.config.model.dtype == "float16":
-    name, title = f"{name}_float16", f"{title}, in float16"
+    title = f"{title}, in float16"  # as all results of a table may be
   if int8:
     name, title = f"{name}_int8", f"{title}, 8-bit cache"
   _check_num_voco_tokens(loaded, compressor, num_voco_tokens)

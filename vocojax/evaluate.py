@@ -10,11 +10,10 @@ writes WORKDIR/benchmarks/gqa/NAME/result.json beside the answers and the file
 to hand in; the same command goes on where it was stopped. With
 `--compressor=voco` on a `voco_causal` checkpoint (the upper bound) either gives
 the lower bound. A checkpoint whose prompt layout this version lacks is refused
-unless `--layout` names one; NAME then ends in it, as it does in `float16` with
-`--float16`, in `int8` with `--int8`, in `m4` with `--num_voco_tokens=4`, in
-`adaptive` with `--adaptive` and in `adaptive_0.05` with `--adaptive
---adaptive_threshold=0.05`. Read next: evals/answers.py,
-evals/benchmark_answers.py.
+unless `--layout` names one; NAME then ends in it, as it does in `int8` with
+`--int8`, in `m4` with `--num_voco_tokens=4`, in `adaptive` with `--adaptive`
+and in `adaptive_0.05` with `--adaptive --adaptive_threshold=0.05`. Read next:
+evals/answers.py, evals/benchmark_answers.py.
 """
 
 import dataclasses
@@ -68,7 +67,7 @@ _FLOAT16 = flags.DEFINE_bool(
   "float16",
   False,
   "Computes in float16, as the original is evaluated; by default in the dtype "
-  "that the checkpoint was trained in.",
+  "that the checkpoint was trained in. The result has the same name.",
 )
 _NUM_VOCO_TOKENS = flags.DEFINE_integer(
   "num_voco_tokens",

@@ -114,7 +114,7 @@ def test_three_stages_and_their_bounds(tmp_path):
     assert config.optimizer.schedule == "hf_cosine"
   scored = out / "tune" / "benchmarks" / "gqa"
   results = {
-    name: json.loads((scored / f"{name}_float16" / "result.json").read_text())
+    name: json.loads((scored / name / "result.json").read_text())
     for name in ("voco", "upper", "lower")
   }
   used = {name: r["settings"] for name, r in results.items()}
