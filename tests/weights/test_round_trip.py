@@ -15,6 +15,7 @@ from safetensors import safe_open
 from tests.weights import published
 from tests.weights.test_parity import hf_logits, inputs, original_logits
 from vocojax.data.tokenizer import VOCO_TOKEN
+from vocojax.errors import CheckpointError, WeightsError
 from vocojax.models.compressors import StreamTokens
 from vocojax.training import checkpoint
 from vocojax.weights import into, out_of, stream, write_out
@@ -281,3 +282,54 @@ def test_checkpoint_of_training_can_be_exported(tmp_path):
   plan = out_of.make_plan(str(tmp_path / "trained"), "original")
   write_out.write(plan, tmp_path / "published")
   assert_same_bits(tensors(tmp_path / "published"), expected)
+
+
+@pytest.mark.parametrize(
+  "key, value, where, got",
+  [
+    ("num_rows", 10**12, "num_rows", "1000000000000"),
+    ("num_rows", "30", "num_rows", "'30'"),
+    ("voco_row", -1, "voco_row", "-1"),
+    ("layout", 7, "field layout", "7"),
+    ("vision_tower", [], "field vision_tower", "[]"),
+    ("max_position_embeddings", 0, "max_position_embeddings", "0"),
+    ("unheard_of", 1, "unheard_of", "1"),
+  ],
+)
+def test_damaged_origin(tmp_path, key, value, where, got):
+  """What the converter stored comes with a stranger's checkpoint."""
+  folder = tmp_path / "origin"
+  folder.mkdir()
+  values = {"num_rows": 30, "voco_row": 29, "layout": "original"}
+  values |= {"max_position_embeddings": 256, "vision_tower": "tower"}
+  (folder / "metadata").write_text(json.dumps(values))
+  assert out_of._origin(tmp_path, 32) == values
+  (folder / "metadata").write_text(json.dumps(values | {key: value}))
+  with pytest.raises(WeightsError) as e:
+    out_of._origin(tmp_path, 32)
+  assert (e.value.where, e.value.got) == (f"{folder}: {where}", got)
+
+
+def test_damaged_parameters(tmp_path):
+  """An array of another shape, and one that cannot be read."""
+  published.original(tmp_path / "source")
+  plan = into.make_plan(Request(source=str(tmp_path / "source")))
+  stream.write_checkpoint(plan, tmp_path / "checkpoint")
+  step = tmp_path / "checkpoint" / "checkpoints" / "0"
+  out = out_of.make_plan(str(tmp_path / "checkpoint"), "original")
+  chunk = step / "params" / "llm.norm.scale" / "0"
+  chunk.write_bytes(chunk.read_bytes()[:-1])
+  with pytest.raises(CheckpointError) as e:
+    write_out.write(out, tmp_path / "back")
+  assert e.value.where == f"{step}: llm/norm/scale"
+  left = sorted(p.name for p in tmp_path.iterdir())
+  assert left == ["checkpoint", "source"]
+
+  shapes = into.parameter_shapes(plan.model)
+  shapes["llm/norm/scale"] = (17,)
+  with pytest.raises(CheckpointError) as e:
+    out_of._saved(step, shapes)
+  assert (e.value.where, e.value.got) == (f"{step}: llm/norm/scale", "(16,)")
+  with pytest.raises(CheckpointError) as e:
+    out_of._saved(tmp_path, shapes)
+  assert e.value.where == f"{tmp_path}: params"
