@@ -108,7 +108,7 @@ DEEP = b"[" * 100_000
       "line: field temperature",
       "100000",
     ),
-    ('{"question": "a", "temperature": NaN}', "line", "the number NaN"),
+    ('{"question": "a", "temperature": NaN}', "line", "the number 'NaN'"),
     ('{"question": "a", "seed": ' + "9" * 5000 + "}", "line", "Exceeds the"),
     ('{"question": "a", "stop": 1}', "line: field stop", "1"),
     ('{"question": "a", "stop": [1]}', "line: field stop", "[1]"),

@@ -193,7 +193,7 @@ _HEADERS = {
   "nothing": (b"", 0, "", "0 bytes"),
   "no JSON": (b"{garbage", 0, "header", "Expecting property name"),
   "a list": (b"[1, 2]", 0, "header", "[1, 2]"),
-  "NaN": (b'{"a": NaN}', 0, "header", "the number NaN"),
+  "NaN": (b'{"a": NaN}', 0, "header", "the number 'NaN'"),
   "twice": (b'{"a": 1, "a": 2}', 0, "header", "the key 'a' twice"),
   "digits": (b'{"a": ' + b"9" * 5000 + b"}", 0, "header", "Exceeds the"),
   "no object": ({"a": 7}, 0, "a", "7"),

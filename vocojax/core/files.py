@@ -236,6 +236,11 @@ def parse_json(
     raise error(
       where, "lists or objects nested too deep", "JSON", "correct the file"
     ) from e
+  except _BadNumber as e:
+    key = re.search(rf'"([^"\\]{{1,99}})"\s*:\s*{re.escape(e.token)}', text)
+    at = f" of {shorten(key[1])}" if key else ""
+    got = f"the number {shorten(e.token)}{at}"
+    raise error(where, got, "numbers of float64", "correct the file") from e
   except ValueError as e:  # a number of too many digits, a key twice
     got = str(e).partition(";")[0]  # Python adds advice to programmers
     raise error(where, got, "JSON", "correct the file") from e
@@ -305,14 +310,22 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   return result
 
 
+class _BadNumber(ValueError):
+  """A number that is none of float64."""
+
+  def __init__(self, token: str):
+    super().__init__(token)
+    self.token = token
+
+
 def _no_constant(name: str) -> Any:
-  raise ValueError(f"the number {name}")
+  raise _BadNumber(name)
 
 
 def _finite(text: str) -> float:
   value = float(text)
   if value in (float("inf"), float("-inf")):
-    raise ValueError(f"the number {shorten(text)}, beyond float64")
+    raise _BadNumber(text)
   return value
 
 
