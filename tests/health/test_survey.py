@@ -88,6 +88,61 @@ def test_refuses_what_the_trainer_refuses(folder):
   }
 
 
+def odd(entry, kind):
+  """Makes a record one of those that LLaVA's code takes as they are."""
+  question, answer = entry["conversations"] = entry["conversations"][:2]
+  if kind == "marker":
+    entry["image"] = None
+    question["value"] = "<image> is it green ?"
+  elif kind == "empty":
+    answer["value"] = " "
+  elif kind == "unanswered":
+    entry["conversations"].append(dict(question))
+  elif kind == "long":
+    answer["value"] = "no " * 50
+  elif kind == "cut":
+    question["value"] = "is " * 50
+
+
+@pytest.mark.parametrize("on_long_text", ["refuse", "truncate"])
+@pytest.mark.parametrize("on_bad_record", ["stop", "skip"])
+def test_odd_records_are_counted(folder, on_long_text, on_bad_record):
+  """By kind; what is cut away stops no run."""
+  counts = {"marker": 2, "empty": 3, "unanswered": 4, "long": 5, "cut": 1}
+  kinds = [kind for kind, n in counts.items() for _ in range(n)]
+  entries = [runs.entry(i) for i in range(runs.NUM_RECORDS)]
+  for i, kind in zip(
+    np.random.default_rng(0).permutation(len(entries)), kinds, strict=False
+  ):
+    odd(entries[i], kind)
+  (folder / "odd.json").write_text(json.dumps(entries))
+  config = config_of(
+    folder,
+    path=str(folder / "odd.json"),
+    on_long_text=on_long_text,
+    on_bad_record=on_bad_record,
+  )
+  found = survey(config, image_positions=(1, 1))
+  refused = {kind: len(found.bad[kind]) for kind in found.bad}
+  expected = {"marker": 2, "empty": 3, "unanswered": 4}
+  if on_long_text == "refuse":
+    expected["long"] = 6
+  else:
+    expected["cut"] = 1
+  assert {kind: n for kind, n in refused.items() if n} == expected
+  assert len(found.shortened) == (0 if on_long_text == "refuse" else 5)
+  status = {f.check.split(", ")[1]: f.status for f in findings(found, config)}
+  bad = "error" if on_bad_record == "stop" else "warning"
+  assert status["empty turns"] == status["records"] == bad
+  if on_long_text == "truncate":
+    assert status["all answers beyond the end of a row"] == "warning"
+    assert status["texts that are cut off"] == "warning"
+
+
+def findings(found, config):
+  return list(data.findings(found, config))
+
+
 def test_findings(folder):
   config = broken(folder)
   image = f"record %s: {folder}/%s: "
