@@ -11,6 +11,7 @@ from tests import benchmark_data, runs
 from tests.weights import published
 from vocojax import config as config_lib
 from vocojax.training import checkpoint
+from vocojax.weights import out_of
 
 STAGES = ("start", "align/full", "tune/voco", "tune/voco_causal")
 
@@ -123,7 +124,10 @@ def test_three_stages_and_their_bounds(tmp_path):
   assert used["lower"]["tokens_per_image"] == 1
   assert {x["dtype"] for x in used.values()} == {"float16"}
   assert results["lower"]["checkpoint"] == results["upper"]["checkpoint"]
-  # Nothing is converted or trained a second time.
+  # The row of <voco> is trained, so it is published.
+  plan = out_of.make_plan(str(out / "tune" / "voco_causal"), "original")
+  assert plan.rows.voco_id == 29
+  # Nothing is converted a second time.
   again = commands(tmp_path, *shape_flags(tmp_path))
   assert [c[0] for c in again].count("vocojax.convert") == 0
 
