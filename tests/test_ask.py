@@ -767,6 +767,26 @@ def test_a_disk_that_is_full_or_read_only(folder, answers, program, tmp_path):
     assert os.listdir(disk) == ["out.jsonl"]
 
 
+def test_an_interrupted_job(folder, program, tmp_path):
+  """Ctrl-C: one line and status 130; what was answered stays."""
+  lines = [x | {"id": f"{x['id']} {n}"} for n in range(200) for x in LINES]
+  out = tmp_path / "out.jsonl"
+  arguments = [write_lines(folder / "many.jsonl", lines), f"--out={out}"]
+  with runs.interruptible():
+    process = runs.start_cached(
+      folder, "vocojax.ask", f"--checkpoint={folder}/voco", *arguments
+    )
+  while not (out.exists() and out.stat().st_size > 2000):
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.001)
+  process.send_signal(signal.SIGINT)
+  _, err = process.communicate(timeout=100)
+  assert process.returncode == 130, err
+  assert err.splitlines()[-1] == "error: interrupted" and "Trace" not in err
+  assert os.listdir(tmp_path) == ["out.jsonl"]
+  assert 10 < len(read_lines(out)) < len(lines)
+
+
 def test_two_jobs_at_once(folder, answers, program, tmp_path):
   """The second writes nothing; the first is unharmed, killed or not."""
   out = tmp_path / "out.jsonl"
