@@ -77,7 +77,7 @@ def _sealed(pick: files.Pick, mutate: Mutation) -> Mutation:
 
   def mutate_header(given: Input) -> None:
     path, file = pick(given), given.folder / "header"
-    header, arrays = sealed.loads(path.read_bytes())
+    header, arrays = sealed.loads(path.read_bytes(), "")
     file.write_text(json.dumps(header))
     mutate(given)
     path.write_bytes(sealed.dumps(json.loads(file.read_text()), arrays))
@@ -92,7 +92,7 @@ def _other_arrays(pick: files.Pick) -> Mutation:
 
   def mutate(given: Input) -> None:
     path = pick(given)
-    header, arrays = sealed.loads(path.read_bytes())
+    header, arrays = sealed.loads(path.read_bytes(), "")
     name = given.rng.choice(sorted(arrays))
     x = arrays.pop(name)
     others = (x[..., :1].copy(), x[:0], x.reshape(-1), np.float32(x)[None])
@@ -117,6 +117,7 @@ _USES_CASES = files.cases(_USES) | documents.cases(_USES)
 _STORE: dict[str, Case] = {
   **_cases(_ENTRY),
   **{f"uses_{x}": ("read", mutate) for x, (_, mutate) in _USES_CASES.items()},
+  "uses_link_to_itself": ("either", _USES_CASES["link_to_itself"][1]),
   "swapped": ("refuse", _swap),
   "no_store": _instead(files.TARGETS["missing"]),
   "store_is_a_file": _instead(lambda path: path.write_bytes(b"x")),

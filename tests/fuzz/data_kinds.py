@@ -186,16 +186,17 @@ def _make_ask(folder: pathlib.Path) -> Parts:
     names = entry.pop("image", [])
     names = [names] if isinstance(names, str) else names
     turns = entry.pop("turns", [[entry.pop("question", None), None]])
-    id_ = str(entry.pop("id", number))
-    right[id_] = names, [tuple(turn) for turn in turns], entry
+    turns = [tuple(turn) for turn in turns]
+    right[str(number)] = str(entry.pop("id", number)), names, turns, entry
   return right
 
 
 def _read_ask(folder: pathlib.Path) -> Parts:
-  right = {}
+  right: Parts = {}
   for job in jobs.read(str(folder / "ask.jsonl")):
     names = [os.path.relpath(name, folder) for name in job.images]
-    right[str(job.id)] = names, list(job.turns), dict(job.fields)
+    parts = str(job.id), names, list(job.turns), dict(job.fields)
+    right[job.where.rpartition(":")[2]] = job.error or parts
   return right
 
 

@@ -76,6 +76,7 @@ def _doubled(count: int) -> bytes:
 
 _REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n("
 _TOUCH = _plain("touch ROOM/ran")
+_FRAME = b"\x80\x04\x95" + struct.pack("<Q", 2**40) + _tensor()[2:]
 _PICKLES = {
   "doubles": _state(_doubled(60)),
   "doubles_as_name": b"\x80\x02}" + _doubled(60) + b"Ns.",
@@ -85,7 +86,6 @@ _PICKLES = {
   "text": _state(b"\x8d" + struct.pack("<Q", 2**62)),
   "bytes": _state(b"\x8e" + struct.pack("<Q", 2**33)),
   "bytearray": _state(b"\x96" + struct.pack("<Q", 2**33)),
-  "frame": b"\x80\x04\x95" + struct.pack("<Q", 2**40) + b"}.",
   "digits": _state(b"L" + b"9" * 3_000_000 + b"L\n"),
   "marks": b"\x80\x02" + b"(" * 3_000_000 + b".",
   "nested": b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".",
@@ -93,7 +93,6 @@ _PICKLES = {
   "names": b"\x80\x02}K\x01" + _tensor()[10:-2] + b"s.",
   "empty": b"",
   "underflow": b"\x80\x020.",
-  "protocol": b"\x80\x63}.",
   "extension": _state(b"\x82\x01"),
   "system": _state(b"cposix\nsystem\n(" + _TOUCH + b"tR"),
   "system_stack": _state(b"\x8c\x05posix\x8c\x06system\x93(" + _TOUCH + b"tR"),
@@ -180,6 +179,7 @@ _CASES: dict[str, Case] = {
     for name, pickled in _PICKLES.items()
   },
   "handmade": ("read", _writes(*_SOUND)),
+  "frame": ("either", _writes(("x/data.pkl", _FRAME), _SOUND[1])),
   "compressed": ("either", _writes(*_SOUND, method=zipfile.ZIP_DEFLATED)),
   "zip_bomb": ("refuse", _zip_bomb),
   "member_twice": ("refuse", _writes(*_SOUND, ("x/data/0", bytes(48)))),

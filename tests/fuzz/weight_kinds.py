@@ -99,7 +99,11 @@ _C = "c.weight"
 
 def _entries(edit) -> Mutation:
   """Changes the header's entries, which `edit` gets by name."""
-  return _in_header(documents.edits(_HEADER, lambda x, rng: edit(x.tree)))
+
+  def change(document, rng) -> None:
+    edit(document.tree)
+
+  return _in_header(documents.edits(_HEADER, change))
 
 
 def _sets(key: str, value) -> Mutation:
