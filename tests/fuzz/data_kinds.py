@@ -187,7 +187,7 @@ def _make_ask(folder: pathlib.Path) -> Parts:
     names = [names] if isinstance(names, str) else names
     turns = entry.pop("turns", [[entry.pop("question", None), None]])
     turns = [tuple(turn) for turn in turns]
-    right[str(number)] = str(entry.pop("id", number)), names, turns, entry
+    right[str(entry.pop("id", number))] = names, turns, entry
   return right
 
 
@@ -195,13 +195,17 @@ def _read_ask(folder: pathlib.Path) -> Parts:
   right: Parts = {}
   for job in jobs.read(str(folder / "ask.jsonl")):
     names = [os.path.relpath(name, folder) for name in job.images]
-    parts = str(job.id), names, list(job.turns), dict(job.fields)
-    right[job.where.rpartition(":")[2]] = job.error or parts
+    right[str(job.id)] = names, list(job.turns), dict(job.fields)
+    if job.error:
+      right[str(job.id)] = job.error
   return right
 
 
+_ASKED = ("q0", "q1", "7")
+
+
 def _make_answers(folder: pathlib.Path) -> Parts:
-  right = {f"q{i}": f"m\u00fcsli {i}\n" for i in range(5)}
+  right = {id_: f"m\u00fcsli {id_}\n" for id_ in _ASKED}
   with predictions.PredictionWriter(folder / "a.jsonl", "model") as writer:
     for id_, text in right.items():
       writer.add(id_, "What ?", text)
@@ -209,7 +213,9 @@ def _make_answers(folder: pathlib.Path) -> Parts:
 
 
 def _read_answers(folder: pathlib.Path) -> Parts:
-  return dict(predictions.read_predictions([folder / "a.jsonl"]))
+  found = predictions.read_predictions([folder / "a.jsonl"])
+  predictions.check_complete(found, _ASKED, "answers")
+  return dict(found)
 
 
 def _kind(make, read, name: str, **more: Case) -> Kind:
