@@ -87,6 +87,8 @@ def test_names_inside_a_folder(folder, name, path):
     ".",
     "a/..",
     "/data/images2/a.png",
+    "a" * 256,
+    "a/" * 2100,
   ],
 )
 def test_names_that_lead_out_of_a_folder(folder, name):

@@ -26,7 +26,7 @@ _RAW = {
   "trailing_comma": "[1,]",
   "single_quotes": "'a'",
   "comment": "/* a */ 1",
-  "control_character": '"a\n\x01b"',
+  "control_character": '"a\x01b"',
 }
 _NUMBERS = (0, -1, 7, 1.5, 2**31, 2**64, -(10**30), 1e308, 5e-324)
 _TEXTS = (

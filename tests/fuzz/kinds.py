@@ -107,9 +107,8 @@ def _difference(parts: Any, right: Any) -> str:
     return f"read {parts!r:.300}, expected a refusal"
   read = {k: x for k, x in parts.items() if not isinstance(x, UserError)}
   # A refused part may be without its name, or stand for several.
-  if (
-    read.keys() - right.keys() or parts == read and read.keys() != right.keys()
-  ):
+  missing = right.keys() - read.keys() if read == parts else ()
+  if missing or read.keys() - right.keys():
     return f"read {sorted(read)[:9]}, expected {sorted(right)[:9]}"
   for name, x in read.items():
     if x != right[name]:

@@ -32,6 +32,7 @@ _NAMES = {
 # Of files that are read whole. LLaVA's largest JSON file has 1.0 GiB.
 MAX_BYTES = 2**33
 _MAX_NAME = 255  # bytes of a file's name, on any file system
+_MAX_PATH = 4095  # bytes
 
 
 def expand_user(
@@ -401,7 +402,11 @@ def path_inside(
       what,
       "correct the path, or name a folder that holds it",
     )
-  return pathlib.Path(folder, inner)
+  path = pathlib.Path(folder, inner)
+  parts = [len(os.fsencode(part)) for part in path.parts]
+  if max(parts) > _MAX_NAME or sum(parts) + len(parts) > _MAX_PATH:
+    raise error(where, shorten(name), "a shorter path", "correct the path")
+  return path
 
 
 def file_name(name: str, where: Any, error: Errors = DataError) -> str:
@@ -411,10 +416,7 @@ def file_name(name: str, where: Any, error: Errors = DataError) -> str:
     UserError: of class `error`; it is anything else.
   """
   with contextlib.suppress(error):
-    if (
-      path_inside(".", name, where, error).name == name
-      and len(os.fsencode(name)) <= _MAX_NAME
-    ):
+    if path_inside(".", name, where, error).name == name:
       return name
   raise error(where, shorten(name), "a plain file name", "correct the name")
 
