@@ -74,8 +74,15 @@ def main() -> int:
       measured.append(measure.compile_program(program))
       print(_describe(measured[-1], chip), flush=True)
     except DoesNotFitError as e:
-      failed = f"{program.name}: {e}; {_remedy(program, config, chip)}"
-      print(f"error: does not fit: {failed}", file=sys.stderr)
+      failed = str(
+        UserError(
+          program.name,
+          f"{e}: does not fit",
+          f"at most {chip.hbm / GIB:.2f} GiB",
+          _remedy(program, config, chip),
+        )
+      )
+      print(f"error: {failed}", file=sys.stderr)
   report: dict[str, Any] = {"title": title, "does_not_fit": failed}
   if _MAX_BATCH.value:
     report |= _search(config, mesh, chip, None if failed else measured[0])
@@ -148,13 +155,14 @@ def _remedy(program: programs.Program, config: Config, chip) -> str:
   if config.mesh.data > 1:
     chips += ", config.mesh.fsdp in place of config.mesh.data"
   if held > 0.9 * chip.hbm:
-    how = f"use {chips}, or chips with more memory"
+    how = f"use {chips}, or chips with more memory, since what it is called "
+    how += f"with takes {held / GIB:.2f} GiB"
     if _WHAT.value == "train":
       how += (
         "; config.optimizer.first_moment_dtype=bfloat16, or adafactor or lion "
         "as config.optimizer.name, need less optimiser state"
       )
-    return f"what it is called with takes {held / GIB:.2f} GiB; {how}"
+    return how
   less = "lower --samples_per_chip"
   if _WHAT.value == "train":
     less += " (or raise config.training.accumulate with it)"

@@ -206,7 +206,8 @@ def test_too_big_a_model_says_what_to_change(aot):
   )
   assert status == 1
   [line] = err.splitlines()
-  assert line.startswith("error: does not fit: train step: ")
+  assert line.startswith("error: train step: got ")
+  assert ": does not fit, expected at most " in line
   assert "a topology with more chips" in line
   assert "config.optimizer.first_moment_dtype=bfloat16" in line
 

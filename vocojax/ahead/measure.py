@@ -10,10 +10,9 @@ import jax
 from vocojax.ahead import hlo, memory, work
 from vocojax.ahead.programs import Program
 from vocojax.ahead.topology import Chip
-from vocojax.errors import UserError
 
 
-class DoesNotFitError(UserError):
+class DoesNotFitError(Exception):
   """A program needs more memory than a chip has."""
 
 
