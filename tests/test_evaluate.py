@@ -4,18 +4,21 @@ import dataclasses
 import json
 import re
 import shutil
+import signal
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import runs
+from tests import disks, runs
+from tests.fields import raises
 from tests.models import builders
 from vocojax import assemble
 from vocojax.data import pipeline
 from vocojax.data.sources import make_source
-from vocojax.errors import UserError
+from vocojax.errors import CheckpointError, UserError
 from vocojax.models.vlm import VisionLanguageModel
 from vocojax.training import checkpoint, loop
 
@@ -213,15 +216,125 @@ def test_adaptive_answers_are_those_of_their_number(four_tokens):
 def test_tokens_that_cannot_be_cut(folder, four_tokens, tmp_path):
   loaded, _ = four_tokens
   upper = checkpoint.load(str(folder / "run" / "upper"))
-  for arguments, words in (
-    ({"num_voco_tokens": 5}, r"found 5, but .* choose 1 to 4"),
-    ({"num_voco_tokens": 0}, r"found 0, but .* choose 1 to 4"),
-  ):
-    with pytest.raises(UserError, match=words):
-      assemble.evaluate(loaded, tmp_path, "voco", {}, **arguments)
-  with pytest.raises(UserError, match="compressor 'voco_causal'"):
+  for k in (0, 5):
+    with raises(
+      UserError, "num_voco_tokens", str(k), "1 to 4", "choose 1 to 4"
+    ):
+      assemble.evaluate(loaded, tmp_path, "voco", {}, num_voco_tokens=k)
+  voco = checkpoint.load(str(folder / "run" / "voco"))
+  with raises(UserError, "num_voco_tokens", "2", "1, as", "leave it out") as e:
+    assemble.evaluate(voco, tmp_path, "voco", {}, num_voco_tokens=2)
+  assert "1 to 1" not in str(e.value)
+  with raises(UserError, "--adaptive", "compressor 'voco_causal'"):
     assemble.evaluate(upper, tmp_path, "voco_causal", {}, adaptive=True)
+  got = "weights trained with compressor 'voco_causal', to be used as 'full'"
+  with raises(CheckpointError, "60", got, "'voco_causal' or 'voco'"):
+    assemble.evaluate(upper, tmp_path, "full", {})
   assert not list(tmp_path.iterdir())
+
+
+def test_two_evaluations_at_once(folder, tmp_path):
+  """Of one name the second is refused; of another it goes its way."""
+  shutil.copytree(folder / "run", tmp_path / "copy")
+  out = tmp_path / "copy" / "evaluation"
+  shutil.rmtree(out)
+  flags = ["vocojax.evaluate", f"--checkpoint={tmp_path}/copy/voco"]
+  first = runs.start_cached(folder, *flags)
+  while not (out / ".evaluation-voco.lock").exists():
+    assert first.poll() is None, first.communicate()
+    time.sleep(0.01)
+  time.sleep(0.1)  # it has written its name
+  first.send_signal(signal.SIGSTOP)
+  try:
+    second = runs.start_cached(folder, *flags)
+    said, err = second.communicate(timeout=280)
+    assert (second.returncode, said) == (2, "")
+    words = f"error: {out}: got evaluation-voco by process {first.pid} on "
+    assert err.startswith(words) and err.count("\n") == 1
+    other = runs.start_cached(folder, *flags, "--int8")
+    _, err = other.communicate(timeout=280)
+    assert other.returncode == 0, err
+  finally:
+    first.send_signal(signal.SIGCONT)
+  _, err = first.communicate(timeout=280)
+  assert first.returncode == 0, err
+  assert set(results(tmp_path / "copy")) == {"voco", "voco_int8"}
+  expected = results(folder / "run")["voco"]
+  assert results(tmp_path / "copy")["voco"] == expected
+  # One that was killed blocks nobody.
+  killed = runs.start_cached(folder, *flags)
+  while not (out / ".evaluation-voco.lock").exists():
+    assert killed.poll() is None, killed.communicate()
+    time.sleep(0.01)
+  killed.kill()
+  killed.communicate()
+  again = runs.start_cached(folder, *flags)
+  _, err = again.communicate(timeout=280)
+  assert again.returncode == 0 and "waiting" not in err, err
+
+
+def test_full_disk(folder, tmp_path):
+  with disks.mounted(tmp_path / "disk", "16M") as disk:
+    shutil.copytree(folder / "run", disk / "run")
+    shutil.rmtree(disk / "run" / "evaluation")
+    flags = ["vocojax.evaluate", f"--checkpoint={disk}/run/voco"]
+
+    def fails(words):
+      process = runs.start_cached(folder, *flags)
+      out, err = process.communicate(timeout=280)
+      assert process.returncode == 2 and "Traceback" not in err, err
+      assert words in err.splitlines()[-1]
+      found = {x.name for x in (disk / "run" / "evaluation").glob("*")}
+      assert not found - {"voco.predictions.jsonl"}, found
+      return out
+
+    for leave in (0, 8192):
+      disks.fill(disk, leave)
+      assert fails("No space left on device") == ""
+      (disk / "fill").unlink()
+    disks.remount(disk, "ro")
+    assert fails("Read-only file system") == ""
+    disks.remount(disk, "rw")
+    process = runs.start_cached(folder, *flags)
+    _, err = process.communicate(timeout=280)
+    assert process.returncode == 0, err
+    assert results(disk / "run")["voco"] == results(folder / "run")["voco"]
+
+
+def test_bad_records_are_counted(folder, tmp_path):
+  """A damaged image, a question that is too long, and one that is empty."""
+  for i in range(runs.NUM_RECORDS):
+    shutil.copy(folder / f"{i}.png", tmp_path)
+  (tmp_path / "3.png").write_bytes(b"no image")
+  entries = json.loads((folder / "data.json").read_text())
+  entries[5]["conversations"][0]["value"] = "what color is this ? " * 30
+  (tmp_path / "data.json").write_text(json.dumps(entries))
+  loaded = checkpoint.load(str(folder / "run" / "voco"))
+
+  def evaluate(rule):
+    data = dataclasses.replace(
+      loaded.config.data,
+      path=str(tmp_path / "data.json"),
+      image_folder=str(tmp_path),
+      on_bad_record=rule,
+    )
+    config = dataclasses.replace(loaded.config, data=data)
+    changed = dataclasses.replace(loaded, config=config)
+    assemble.evaluate(changed, tmp_path / rule, "voco", {})
+    return results(tmp_path / rule)["voco"]
+
+  result, answers = evaluate("skip")
+  expected, all_answers = results(folder / "run")["voco"]
+  assert (result["bad_records"], result["total"]) == (2, 18)
+  assert expected["bad_records"] == 0
+  left_out = ("r3", "r5")
+  assert answers == [x for x in all_answers if x["record_id"] not in left_out]
+  with raises(UserError):
+    evaluate("stop")
+  (tmp_path / "3.png").write_bytes((folder / "3.png").read_bytes())
+  with raises(UserError, got="150 tokens") as e:
+    evaluate("stop")
+  assert e.value.where.startswith("record r5: ")
 
 
 def test_another_prompt_layout_must_be_chosen(folder, tmp_path):

@@ -17,7 +17,7 @@ import av
 import orbax.checkpoint as ocp
 import pytest
 
-from tests import benchmark_data, runs
+from tests import benchmark_data, disks, runs
 from tests.evals.benchmarks.test_video_qa import NO, YES, Stub
 from tests.inference import engines
 from tests.training import test_multihost
@@ -295,6 +295,62 @@ def test_killed_run_goes_on(folder, one_by_one, program, tmp_path):
   assert result(out)["num_questions"] == 24
 
 
+def test_second_run_is_refused(folder, one_by_one, program, tmp_path):
+  """Its answers would be added to those of the first."""
+  out = tmp_path / "out"
+  flags = [*arguments(folder, "gqa"), f"--out={out}", "--batch_size=1"]
+  first = runs.start_cached(folder, "vocojax.evaluate", *flags)
+  wait_for_lines(first, out / "predictions.jsonl", 2)
+  first.send_signal(signal.SIGSTOP)
+  try:
+    before = (out / "predictions.jsonl").read_bytes()
+    status, said, err = program("gqa", f"--out={out}", "--batch_size=1")
+    assert (status, said) == (2, "")
+    words = f"error: {out}: got evaluation by process {first.pid} on "
+    assert err.startswith(words) and err.count("\n") == 1
+    assert (out / "predictions.jsonl").read_bytes() == before
+    # Elsewhere it may run meanwhile.
+    finish(program, "gqa", f"--out={tmp_path}/other")
+  finally:
+    first.send_signal(signal.SIGCONT)
+  _, err = first.communicate(timeout=280)
+  assert first.returncode == 0, err
+  assert predictions(out) == predictions(tmp_path / "other")
+  assert predictions(out) == one_by_one("gqa")
+  assert result(out)["num_questions"] == 24
+  assert not list(out.glob(".*"))
+
+
+def test_full_disk(folder, one_by_one, program, tmp_path):
+  with disks.mounted(tmp_path / "disk", "256k") as disk:
+    out = disk / "out"
+    for leave in (0, 12_000):  # before the first answer, and among them
+      fill = disks.fill(disk, leave)
+      status, said, err = program("gqa", f"--out={out}")
+      assert (status, said) == (2, "") and "Traceback" not in err
+      assert "No space left on device" in err.splitlines()[-1]
+      assert "free some space and run the same" in err.splitlines()[-1]
+      names = {path.name for path in disk.rglob("*") if path.is_file()}
+      assert names <= {"fill", "predictions.jsonl"}
+      fill.unlink()
+    kept = predictions(out)
+    assert 0 < len(kept) < 24
+    _, err = finish(program, "gqa", f"--out={out}")
+    assert f"{24 - len(kept)}/{24 - len(kept)}" in err
+    assert predictions(out) == one_by_one("gqa")
+    # The answers are there, and there is no room for the result.
+    (out / "result.json").unlink()
+    disks.fill(disk, 4096)
+    status, said, err = program("gqa", f"--out={out}")
+    assert (status, said) == (2, "") and err.count("\n") == 1
+    assert not list(out.glob("*.part")) + list(out.glob("result.json"))
+    (disk / "fill").unlink()
+    disks.remount(disk, "ro")
+    status, said, err = program("gqa", f"--out={out}")
+    assert (status, said) == (2, "") and err.count("\n") == 1
+    assert "Read-only file system" in err
+
+
 @pytest.fixture(scope="module")
 def finished(folder, program):
   """Predictions of GQA, whole."""
@@ -328,19 +384,21 @@ def test_damaged_predictions(finished, program, one_by_one, tmp_path):
   id_ = json.loads(finished[3])["question_id"]
   path.write_text("".join(finished[:4]))
   assert error() == (
-    f"{tmp_path}/predictions-1.jsonl: question '{id_}' is answered in "
-    "predictions.jsonl, too, expected once; delete one of the lines\n"
+    f"{tmp_path}/predictions-1.jsonl: got question '{id_}', which "
+    "predictions.jsonl answers, too, expected one answer to a question. Fix: "
+    "delete one of the lines\n"
   )
   path.write_text("".join(finished[:3] + finished[:1]))
-  assert re.match(r".*jsonl:4: question '\d+' is answered a second", error())
+  assert re.match(r".*jsonl:4: got question '\d+' a second time", error())
   for other in tmp_path.glob("predictions-*.jsonl"):
     other.unlink()
   # Of another step, and of another question.
   path.write_text(finished[0].replace("step 7", "step 8"))
-  assert re.match(".*:1: answered by 'step 8, .*expected 'step 7, ", error())
+  words = ".*:1: field model_id: got 'step 8, .*expected 'step 7, "
+  assert re.match(words, error())
   line = json.loads(finished[0]) | {"question_id": "foreign"}
   path.write_text(json.dumps(line) + "\n")
-  assert f"{tmp_path}: answers to foreign, which the benchmark" in error()
+  assert f"{tmp_path}: got answers to 'foreign', which the b" in error()
 
 
 def test_other_settings_do_not_continue(finished, program, tmp_path):
@@ -353,7 +411,7 @@ def test_other_settings_do_not_continue(finished, program, tmp_path):
   ):
     status, out, err = program("gqa", f"--out={tmp_path}", *flags)
     assert (status, out) == (2, "")
-    assert re.search(f":1: answered by '.*', expected '.*{words}", err), err
+    assert re.search(f":1: .* got '.*', expected '.*{words}", err), err
   assert path.read_text() == "".join(finished)
 
 
@@ -398,30 +456,42 @@ def test_bad_input(folder, program, tmp_path):
   (tmp_path / "no_image/data/images/n1.png").unlink()
   out = f"--out={tmp_path / 'out'}"
   for name, flags, words in (
-    ("gpa", [], "--benchmark=gpa: unknown, .*; the nearest benchmark is 'gqa'"),
-    ("gqa", ["--data="], "--data=: no such folder, .* of gqa; README.md"),
-    ("gqa", ["--data=nowhere"], "--data=nowhere: no such folder, expected"),
-    ("gqa", [f"--data={folder / 'mme'}"], r".*gqa.*jsonl: no such file .*eval"),
+    ("gpa", [], "--benchmark: got 'gpa', expected one of .* write gqa"),
+    ("gqa", ["--data="], "--data: got nothing, .* of gqa. .* README.md"),
+    ("gqa", ["--data=nowhere"], "--data: got no folder nowhere, expected"),
+    ("gqa", ["--data=~nosuchuser/x"], "~nosuchuser/x: got a user that does"),
+    ("gqa", ["--out=~nosuchuser/x"], "~nosuchuser/x: got a user that does"),
+    ("gqa", ["--out=/dev/null/x"], "/dev/null/x: got Not a directory,"),
+    ("gqa", [f"--data={folder / 'mme'}"], r".*gqa.*jsonl: got no such .*eval"),
     (
       "gqa",
       [f"--data={tmp_path / 'no_image'}"],
-      r"\S*n1.png: no such image; it is in the download of https",
+      r"\S*n1.png: got no such image, .* it is in the download of https",
     ),
     (
       "gqa",
       [f"--data={data}", out],
       r"question [13]: \S*n1.png: got a file that begins with b'not an i'",
     ),
-    ("gqa", ["--judge_url=http://x", "--judge_model=m"], ".*takes no judge"),
-    ("msvd_qa", ["--judge_url=http://x"], "--judge_model: missing, expected"),
-    ("msvd_qa", ["--judge_cache=x"], "--judge_url: missing, expected"),
+    (
+      "gqa",
+      ["--judge_url=http://x", "--judge_model=m"],
+      "--benchmark=gqa: got a judge, expected none",
+    ),
+    ("msvd_qa", ["--judge_url=http://x"], "--judge_model: got nothing, expect"),
+    ("msvd_qa", ["--judge_cache=x"], "--judge_url: got nothing, expected"),
+    (
+      "msvd_qa",
+      [f"--judge_url=http://{SECRET}@x/v1", "--judge_model=m"],
+      "--judge_url: got a URL with a user, ",
+    ),
     ("gqa", ["--batch_size=0"], "--batch_size=0: 0 is not a positive integer"),
   ):
     status, said, err = program(name, *flags)
     assert (status, said) == (2, ""), (name, flags)
     last = err.splitlines()[-1]
     assert re.match(f"error: {words}", last), last
-    assert "Traceback" not in err
+    assert "Traceback" not in err and SECRET not in err
 
 
 @pytest.mark.parametrize(
@@ -433,18 +503,25 @@ def test_flags_that_need_another(folder, flag, other):
   process = runs.start_cached(folder, "vocojax.evaluate", *flags)
   out, err = process.communicate(timeout=200)
   assert (process.returncode, out) == (2, "")
-  words = f"{flag}: has no effect without {other}; give both or none"
-  assert err == f"error: {words}\n"
+  assert err == (
+    f"error: {flag.partition('=')[0]}: got no {other}, expected a flag that it "
+    "works with. Fix: give both or none\n"
+  )
 
 
 def test_judge_that_refuses(folder, one_by_one, program, stub, tmp_path):
   """What was answered stays, and the error says what to do."""
-  stub.script = {text: [401] for text in one_by_one("msvd_qa").values()}
+  body = f"no such key: {SECRET}".encode()
+  texts = one_by_one("msvd_qa").values()
+  stub.script = {text: [(401, body)] for text in texts}
   judge = [f"--judge_url={stub.url}", "--judge_model=m"]
   status, out, err = program("msvd_qa", f"--out={tmp_path}", *judge)
   assert (status, out) == (2, "")
-  words = r"error: judge m at \S*: HTTP 401 .*check URL, model and key and run "
-  words += rf"again, verdicts so far are in {folder}/run/benchmarks/verdicts"
-  assert re.match(words, err.splitlines()[-1])
+  words = r"error: judge m at \S*: got HTTP 401 Unauthorized no such key: "
+  words += r"\*\*\*, .* verdicts so far are in "
+  assert re.match(
+    f"{words}{folder}/run/benchmarks/verdicts", err.splitlines()[-1]
+  )
+  assert SECRET not in err
   assert len(predictions(tmp_path)) == 8
   assert not (tmp_path / "result.json").exists()

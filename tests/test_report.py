@@ -29,9 +29,10 @@ def test_writes_tables(tmp_path):
 @pytest.mark.parametrize(
   ("words", "said"),
   [
-    ((), "no folder: expected one folder"),
-    (("a", "b"), "a b: expected one folder"),
-    (("nowhere",), "nowhere: no such folder"),
+    ((), "arguments: got none, expected one folder"),
+    (("a", "b"), "arguments: got 'a b', expected one folder"),
+    (("nowhere",), "nowhere: got no such folder, expected one that holds"),
+    (("~nosuchuser/a",), "~nosuchuser/a: got a user that does not exist"),
   ],
 )
 def test_mistakes_are_one_line(words, said):

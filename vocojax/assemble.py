@@ -16,6 +16,7 @@ import jax
 import transformers
 
 from vocojax.config import CompressorName, Config
+from vocojax.core.files import storage
 from vocojax.data import prompt
 from vocojax.data.sources import Source, make_source
 from vocojax.data.tokenizer import (
@@ -166,8 +167,10 @@ def evaluate(
   if adaptive:
     if compressor != "voco":
       raise UserError(
-        f"--adaptive: found compressor {compressor!r}, whose tokens cannot be "
-        "cut, expected 'voco'; leave the flag out"
+        "--adaptive",
+        f"compressor {compressor!r}, whose tokens cannot be cut",
+        "'voco'",
+        "leave the flag out",
       )
     name, title = f"{name}_adaptive", f"{title}, as few tokens as will do"
   config = with_compressor(loaded.config, compressor, num_voco_tokens)
@@ -177,22 +180,20 @@ def evaluate(
     )
     config = dataclasses.replace(config, evaluation=evaluation)
     name += f"_{adaptive_threshold:g}"
-  model, params = load_model(loaded, config)
-  source = make_source(config.data, config.evaluation.split)
-  found = answers.answer_questions(
-    config, model, params, loaded.tokenizer, source, title, int8, adaptive
-  )
-  if jax.process_index():
-    return
-  result = answers.write(
-    workdir / "evaluation",
-    name,
-    title,
-    found,
-    config,
-    loaded.path,
-    made_by,
-  )
+  folder = workdir / "evaluation"
+  with storage(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+  with distributed.held(folder, f"evaluation-{name}"):
+    model, params = load_model(loaded, config)
+    source = make_source(config.data, config.evaluation.split)
+    found = answers.answer_questions(
+      config, model, params, loaded.tokenizer, source, title, int8, adaptive
+    )
+    if jax.process_index():
+      return
+    result = answers.write(
+      folder, name, title, found, config, loaded.path, made_by
+    )
   seen = len(model.stream.visible)
   tokens = f"{seen} token{'s' if seen > 1 else ''}"
   if adaptive:
@@ -202,6 +203,8 @@ def evaluate(
     f"{config.model.vision.num_patches} patches as {tokens}, "
     f"{result['seconds']:.1f} s"
   )
+  if found.bad_records:
+    print(f"bad records, left out: {found.bad_records:,}")
 
 
 def result_name(
@@ -259,10 +262,12 @@ def load_model(loaded: checkpoint.Loaded, config: Config):
     str(loaded.path), loop.abstract_params(model, mesh), config.model
   )
   if missing:
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     raise CheckpointError(
-      f"{loaded.path}: lacks {missing[0]} and {len(missing) - 1} more "
-      f"parameters of a {config.model.compressor.name!r} model; train one from "
-      "it with config.init_from"
+      loaded.path,
+      f"no parameter {missing[0]}{more}",
+      f"those of a {config.model.compressor.name!r} model",
+      "train one from it with config.init_from",
     )
   return model, params
 
@@ -318,25 +323,34 @@ def make_engine(
 def _check_compressor(loaded: checkpoint.Loaded, name: str) -> None:
   trained = loaded.config.model.compressor.name
   if (trained, name) not in _RESULTS:
+    usable = [repr(used) for of, used in _RESULTS if of == trained]
     raise CheckpointError(
-      f"{loaded.path}: trained with compressor {trained!r}, which says nothing "
-      f"when used as {name!r}; leave compressor out"
+      loaded.path,
+      f"weights trained with compressor {trained!r}, to be used as {name!r}",
+      f"use as {' or '.join(usable)}",
+      "leave the compressor out, or name another phase",
     )
 
 
 def _check_num_voco_tokens(loaded, name: str, k: int | None) -> None:
-  trained = loaded.config.model.compressor
-  if k is None or k == trained.num_voco_tokens:
+  trained = loaded.config.model.compressor.num_voco_tokens
+  if k is None or k == trained:
     return
   if name != "voco":
     raise UserError(
-      f"num_voco_tokens: found {k}, but the tokens of {name!r} cannot be "
-      "counted otherwise; leave it out"
+      "num_voco_tokens",
+      f"{k} with compressor {name!r}, whose tokens cannot be cut",
+      "the number that it was trained with",
+      "leave it out",
     )
-  if not 1 <= k <= trained.num_voco_tokens:
+  if not 1 <= k <= trained:
     raise UserError(
-      f"num_voco_tokens: found {k}, but {loaded.path} was trained with "
-      f"{trained.num_voco_tokens}; choose 1 to {trained.num_voco_tokens}"
+      "num_voco_tokens",
+      str(k),
+      f"1 to {trained}, as {loaded.path} was trained"
+      if trained > 1
+      else f"1, as {loaded.path} was trained",
+      "leave it out" if trained == 1 else f"choose 1 to {trained}",
     )
 
 

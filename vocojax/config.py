@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import ml_collections
 
+from vocojax.core.files import parse_json
 from vocojax.errors import ConfigError, shorten
 
 
@@ -455,10 +456,7 @@ class Config:
   @classmethod
   def from_json(cls, text: str, where: str) -> "Config":
     """The same from the text itself."""
-    try:
-      return cls.from_saved(json.loads(text), where)
-    except json.JSONDecodeError as e:
-      raise ConfigError(where, str(e), "JSON", "use another file") from e
+    return cls.from_saved(parse_json(text, where, dict, ConfigError), where)
 
 
 def budgets(k: int) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ import jax
 from absl import flags, logging
 
 from vocojax import assemble, cli
+from vocojax.core.files import expand_user, storage
 from vocojax.data import prompt
 from vocojax.errors import UserError
 from vocojax.evals import answers, benchmark_answers
@@ -139,10 +140,7 @@ def _run() -> None:
   loaded = checkpoint.load(_CHECKPOINT.value, _LAYOUT.value or "")
   threshold = _ADAPTIVE_THRESHOLD.value
   if threshold is not None and not _ADAPTIVE.value:
-    raise UserError(
-      f"--adaptive_threshold={threshold}: has no effect without --adaptive; "
-      "give both or none"
-    )
+    raise _useless(_ADAPTIVE_THRESHOLD, "no --adaptive", "give both or none")
   if _BATCH_SIZE.value:
     evaluation = dataclasses.replace(
       loaded.config.evaluation, batch_size=_BATCH_SIZE.value
@@ -157,18 +155,13 @@ def _run() -> None:
   compressor = _COMPRESSOR.value or loaded.config.model.compressor.name
   if _BENCHMARK.value is not None:
     if _ADAPTIVE.value:
-      raise UserError(
-        "--adaptive: has no effect with --benchmark; leave one of them out"
-      )
+      raise _useless(_ADAPTIVE, "--benchmark", "leave one of them out")
     benchmark, data = _open_benchmark(_BENCHMARK.value, workdir / "benchmarks")
     _run_benchmark(loaded, benchmark, data, compressor, made_by)
     return
   for flag in (_DATA, _OUT, _JUDGE_URL, _JUDGE_MODEL, _JUDGE_CACHE):
     if flag.value is not None:
-      raise UserError(
-        f"--{flag.name}={flag.value}: has no effect without --benchmark; give "
-        "both or none"
-      )
+      raise _useless(flag, "no --benchmark", "give both or none")
   assemble.evaluate(
     loaded,
     workdir,
@@ -183,6 +176,11 @@ def _run() -> None:
     return
   if (workdir / "evaluation" / "voco.json").exists():
     print(f"report: {write_report(workdir)}")
+
+
+def _useless(flag: flags.FlagHolder, beside: str, fix: str) -> UserError:
+  """What to raise for a flag that has no effect beside another."""
+  return UserError(f"--{flag.name}", beside, "a flag that it works with", fix)
 
 
 def _run_benchmark(
@@ -205,78 +203,84 @@ def _run_benchmark(
   name, title = assemble.result_name(
     loaded, compressor, _INT8.value, _NUM_VOCO_TOKENS.value
   )
-  config, limit = loaded.config, benchmark.max_new_tokens
-  longest = benchmark_answers.longest_prompt(
-    questions, config, loaded.tokenizer
-  )
-  video = benchmark if isinstance(benchmark, VideoQa) else None
-  slots = config.evaluation.batch_size * answers.SLOTS_PER_RECORD
-  engine = assemble.make_engine(
-    loaded,
-    compressor,
-    _NUM_VOCO_TOKENS.value,
-    slots=slots,
-    max_images=config.data.max_images if video else 1,
-    max_text_length=longest + limit,
-    compress_batch=config.evaluation.batch_size,
-    prefill_rows=-(-slots // answers.PREFILLS),
-  )
-  settings: dict[str, Any] = {
-    "step": loaded.step,
-    "model": engine.origin.model_fingerprint,
-    "name": name,
-    "tokens_per_image": engine.num_image_tokens,
-    "strip_newlines": config.prompt.strip_newlines,
-    "dtype": config.model.dtype,
-    "max_new_tokens": limit,
-  }
-  if video:
-    settings |= {"frames_per_second": 1, "max_frames": config.data.max_images}
-  stamp = settings | {
-    "model": engine.origin.model_fingerprint[:16],
-    "data": data_hash(benchmark.files)[:16],
-    "layout": engine.origin.layout,
-  }
-  model_id = ", ".join(f"{key} {value}" for key, value in stamp.items())
   out = loaded.path.parents[2] / "benchmarks" / benchmark.name / name
   if _OUT.value is not None:
-    out = pathlib.Path(_OUT.value).expanduser().absolute()
-  asker = benchmark_answers.Asker(
-    engine, config, limit, _INT8.value, f"{benchmark.name}, {title}"
-  )
-  predictions = asker.answer(questions, out, model_id)
-  distributed.part()  # a judge may take hours
-  if jax.process_index():
-    return
-  files = benchmark.write_submission(predictions, out)
-  scores = list(benchmark.score(predictions))
-  judged = video.judged if video else None
-  settings["judge"] = judged
-  result = write_result(
-    out / "result.json",
-    benchmark,
-    len(questions),
-    scores,
-    Asked(
-      str(loaded.path),
-      json.loads(config.to_json()),
-      engine.origin.layout,
-      str(data),
-      settings,
-      made_by,
-    ),
-  )
-  score = "answered"
-  if benchmark.headline:
-    score = f"{benchmark.headline} {result['value']:.2f}"
-  if video:
-    title += f", at most {config.data.max_images} frames of a video"
-  print(f"{benchmark.name}: {score}, {len(questions):,} questions, {title}")
-  if judged and judged["without_verdict"]:
-    print(f"wrong for lack of a verdict: {judged['without_verdict']:,}")
-  if files:
-    print(f"to hand in: {', '.join(map(str, files))}")
-  print(f"result: {out / 'result.json'}")
+    out = expand_user(_OUT.value, UserError).absolute()
+  with storage(out):
+    out.mkdir(parents=True, exist_ok=True)
+  with distributed.held(out, "evaluation"):
+    config, limit = loaded.config, benchmark.max_new_tokens
+    longest = benchmark_answers.longest_prompt(
+      questions, config, loaded.tokenizer
+    )
+    video = benchmark if isinstance(benchmark, VideoQa) else None
+    slots = config.evaluation.batch_size * answers.SLOTS_PER_RECORD
+    engine = assemble.make_engine(
+      loaded,
+      compressor,
+      _NUM_VOCO_TOKENS.value,
+      slots=slots,
+      max_images=config.data.max_images if video else 1,
+      max_text_length=longest + limit,
+      compress_batch=config.evaluation.batch_size,
+      prefill_rows=-(-slots // answers.PREFILLS),
+    )
+    settings: dict[str, Any] = {
+      "step": loaded.step,
+      "model": engine.origin.model_fingerprint,
+      "name": name,
+      "tokens_per_image": engine.num_image_tokens,
+      "strip_newlines": config.prompt.strip_newlines,
+      "dtype": config.model.dtype,
+      "max_new_tokens": limit,
+    }
+    if video:
+      settings |= {"frames_per_second": 1, "max_frames": config.data.max_images}
+    stamp = settings | {
+      "model": engine.origin.model_fingerprint[:16],
+      "data": data_hash(benchmark.files)[:16],
+      "layout": engine.origin.layout,
+    }
+    model_id = ", ".join(f"{key} {value}" for key, value in stamp.items())
+    asker = benchmark_answers.Asker(
+      engine, config, limit, _INT8.value, f"{benchmark.name}, {title}"
+    )
+    predictions, num_bad = asker.answer(questions, out, model_id)
+    distributed.part()  # a judge may take hours
+    if jax.process_index():
+      return
+    files = benchmark.write_submission(predictions, out)
+    scores = list(benchmark.score(predictions))
+    judged = video.judged if video else None
+    settings["judge"] = judged
+    result = write_result(
+      out / "result.json",
+      benchmark,
+      len(questions),
+      num_bad,
+      scores,
+      Asked(
+        str(loaded.path),
+        json.loads(config.to_json()),
+        engine.origin.layout,
+        str(data),
+        settings,
+        made_by,
+      ),
+    )
+    score = "answered"
+    if benchmark.headline:
+      score = f"{benchmark.headline} {result['value']:.2f}"
+    if video:
+      title += f", at most {config.data.max_images} frames of a video"
+    print(f"{benchmark.name}: {score}, {len(questions):,} questions, {title}")
+    if num_bad:
+      print(f"answered with nothing, for want of the image: {num_bad:,}")
+    if judged and judged["without_verdict"]:
+      print(f"wrong for lack of a verdict: {judged['without_verdict']:,}")
+    if files:
+      print(f"to hand in: {', '.join(map(str, files))}")
+    print(f"result: {out / 'result.json'}")
 
 
 def _open_benchmark(
@@ -288,11 +292,13 @@ def _open_benchmark(
     UserError: the flags do not go together, or name nothing that is there.
   """
   registry.check_name(name)
-  data = pathlib.Path(_DATA.value or "").expanduser().absolute()
+  data = expand_user(_DATA.value or "", UserError).absolute()
   if not _DATA.value or not data.is_dir():
     raise UserError(
-      f"--data={_DATA.value or ''}: no such folder, expected that of the files "
-      f"of {name}; README.md says what is in it"
+      "--data",
+      f"no folder {_DATA.value}" if _DATA.value else "nothing",
+      f"the folder of the files of {name}",
+      "name it; README.md says what is in it",
     )
   return registry.open_benchmark(name, data, _judge(benchmarks)), data
 
@@ -309,10 +315,14 @@ def _judge(benchmarks: pathlib.Path) -> Judge | None:
   if not url or not model:
     missing = _JUDGE_MODEL if url else _JUDGE_URL
     raise UserError(
-      f"--{missing.name}: missing, expected --judge_url and --judge_model "
-      "together; give both, or no judge"
+      f"--{missing.name}",
+      "nothing",
+      "--judge_url and --judge_model together",
+      "give both, or no judge",
     )
-  folder = pathlib.Path(cache or benchmarks).expanduser()
+  if jax.process_index():
+    return None  # the first one asks it
+  folder = expand_user(cache or benchmarks, UserError)
   server = Server(url, model, os.environ.get(_JUDGE_KEY, ""))
   return Judge(server, folder / "verdicts.jsonl")
 

@@ -22,6 +22,7 @@ from jaxtyping import UInt8
 
 from vocojax import assemble, cli
 from vocojax.config import Config
+from vocojax.core.files import expand_user, storage, write_atomic
 from vocojax.data import pipeline
 from vocojax.data.images import ImageProcessor
 from vocojax.data.sources import make_source
@@ -54,9 +55,10 @@ def main() -> None:
   config = loaded.config
   if config.model.compressor.name != "voco":
     raise CheckpointError(
-      f"{loaded.path}: trained with compressor "
-      f"{config.model.compressor.name!r}, expected 'voco', which has VoCo "
-      "tokens; name another phase"
+      loaded.path,
+      f"compressor {config.model.compressor.name!r}",
+      "'voco', whose VoCo tokens are shown",
+      "name another phase",
     )
   out = _make_folder(_OUT.value)
   model, params = assemble.load_model(loaded, config)
@@ -67,13 +69,9 @@ def main() -> None:
 
 
 def _make_folder(path: str) -> pathlib.Path:
-  folder = pathlib.Path(path).expanduser()
-  try:
+  folder = expand_user(path, UserError)
+  with storage(folder):
     folder.mkdir(parents=True, exist_ok=True)
-  except OSError as e:
-    raise UserError(
-      f"--out={path}: cannot be made ({e.strerror}); choose another folder"
-    ) from e
   return folder
 
 
@@ -91,8 +89,10 @@ def _pixels(config: Config) -> UInt8[np.ndarray, "n S S 3"]:
   found = (pixels[0] for _, pixels in records if len(pixels))
   if not (first := list(itertools.islice(found, SHOWN))):
     raise UserError(
-      f"config.evaluation.split={config.evaluation.split}: found no images, "
-      "expected some; name some with --images"
+      f"config.evaluation.split={config.evaluation.split}",
+      "no images",
+      "some to look at",
+      "name some with --images",
     )
   return np.stack(first)
 
@@ -149,7 +149,7 @@ def _probe(loaded, model, params, out: pathlib.Path) -> None:
     "scores": {name: dataclasses.asdict(x) for name, x in scores.items()},
     "provenance": assemble.provenance(assemble.command_line("vocojax.look")),
   }
-  (out / "probe.json").write_text(json.dumps(result, indent=1) + "\n")
+  write_atomic(out / "probe.json", json.dumps(result, indent=1) + "\n")
   for name, score in scores.items():
     voco, patch = (score.accuracy[kind] for kind in probe.FEATURES)
     print(

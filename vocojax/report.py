@@ -8,20 +8,21 @@ that differ in their seed only are one row, with a 95 % interval. Read next:
 evals/tables.py.
 """
 
-import pathlib
-
 from vocojax import cli
-from vocojax.errors import UserError
+from vocojax.core.files import expand_user
+from vocojax.errors import UserError, shorten
 from vocojax.evals.tables import write_tables
 
 
 def main(words: list[str]) -> None:
   if len(words) != 1:
     raise UserError(
-      f"{' '.join(words) or 'no folder'}: expected one folder that holds "
-      "workdirs of vocojax.train"
+      "arguments",
+      shorten(" ".join(words)) if words else "none",
+      "one folder that holds workdirs of vocojax.train",
+      "run `python -m vocojax.report RESULTS_DIR`",
     )
-  print(f"tables: {write_tables(pathlib.Path(words[0]).expanduser())}")
+  print(f"tables: {write_tables(expand_user(words[0]))}")
 
 
 if __name__ == "__main__":

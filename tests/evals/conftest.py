@@ -32,8 +32,8 @@ def small_config(k: int, dtype: str = "float32"):
   c.model.vision.update(image_size=64, patch_size=8, num_hidden_layers=2)
   c.model.compressor.num_voco_tokens = k
   c.training.steps = 100
-  c.phases = ("full", "voco")
-  c.phase.full = {"model": {"compressor": {"name": "full"}}}
+  c.phases = ("upper", "voco")
+  c.phase.upper = {"model": {"compressor": {"name": "voco_causal"}}}
   return config_lib.phases(c)
 
 
@@ -73,7 +73,7 @@ def right_answers(name, lines):
   """Whether each question is answered right by a model."""
   if name == "voco":
     return [x["prediction"] == x["answer"] for x in lines]
-  return [i < {"lower": 130, "full": 239}[name] for i in range(len(lines))]
+  return [i < {"lower": 130, "upper": 239}[name] for i in range(len(lines))]
 
 
 def result(name, lines):
@@ -88,7 +88,7 @@ def result(name, lines):
   return {
     "name": name,
     "title": f"easy-VQA, {name}",
-    "phase": "full" if name != "voco" else "voco",
+    "phase": "upper" if name != "voco" else "voco",
     "step": 100,
     "checkpoint": f"{name}/checkpoints/100",
     "split": "test",
@@ -110,8 +110,8 @@ def make_workdir(tmp_path):
   """Returns a function (k, dtype, wrong) -> workdir."""
 
   def make(k=1, dtype="float32", wrong=WRONG):
-    full, voco = small_config(k, dtype)
-    for start, phase in ((0, full), (1000, voco)):
+    upper, voco = small_config(k, dtype)
+    for start, phase in ((0, upper), (1000, voco)):
       folder = tmp_path / phase.name
       write_jsonl(
         folder / "metrics.jsonl",
@@ -134,7 +134,7 @@ def make_workdir(tmp_path):
     lines = predictions(wrong=wrong)
     evaluation = tmp_path / "evaluation"
     write_jsonl(evaluation / "voco.predictions.jsonl", lines)
-    for name in ("lower", "voco", "full"):
+    for name in ("lower", "voco", "upper"):
       text = json.dumps(result(name, lines))
       (evaluation / f"{name}.json").write_text(text)
     write_attention(evaluation / "attention.npz", k)

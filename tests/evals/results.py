@@ -86,13 +86,20 @@ def benchmark(workdir, values, name, scores, use=""):
   )
   headline = next(iter(scores))
   result_lib.write_result(
-    path, _Benchmark(name, headline), 10, scores.items(), asked
+    path, _Benchmark(name, headline), 10, 0, scores.items(), asked
   )
   return path
 
 
 def bounds(workdir, lower, upper, seed=0, **changes):
-  """A `full` phase evaluated both ways."""
+  """A `voco_causal` phase evaluated both ways."""
+  values = config("upper", "voco_causal", seed, **changes)
+  evaluation(workdir, values, "upper", upper)
+  evaluation(workdir, values, "lower", lower)
+
+
+def old_bounds(workdir, lower, upper, seed=0, **changes):
+  """A `full` phase evaluated both ways, as before there was `voco_causal`."""
   values = config("full", "full", seed, **changes)
   evaluation(workdir, values, "full", upper)
   evaluation(workdir, values, "lower", lower)

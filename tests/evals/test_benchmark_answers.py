@@ -4,10 +4,12 @@ The program is tested in tests/test_evaluate_benchmarks.py.
 """
 
 import base64
+import dataclasses
 
 import pytest
 
 from tests import runs
+from tests.fields import raises
 from tests.inference import engines
 from vocojax.errors import DataError
 from vocojax.evals import benchmark_answers
@@ -98,10 +100,10 @@ def test_every_image_is_compressed_once(folder, engine, tmp_path, monkeypatch):
   monkeypatch.setattr(engine, "compress", count)
   questions = benchmark_answers.collect(bench)
   found = asker(folder, engine).answer(questions, tmp_path, "m")
-  assert found == expected
+  assert found == (expected, 0)
   assert compressed == [2]
   again = asker(folder, engine).answer(questions, tmp_path, "m")
-  assert again == expected and compressed == [2]
+  assert again == (expected, 0) and compressed == [2]
 
 
 def test_bad_image_names_the_question(folder, engine, tmp_path):
@@ -112,5 +114,47 @@ def test_bad_image_names_the_question(folder, engine, tmp_path):
       ("bad", b"not an image"),
     )
   ]
-  with pytest.raises(DataError, match=r"question bad: image .*: got a file"):
+  with pytest.raises(DataError) as e:
     asker(folder, engine).answer(questions, tmp_path, "m")
+  assert e.value.where.startswith("question bad: ")
+
+
+def test_bad_image_is_answered_with_nothing(folder, engine, tmp_path):
+  """Where bad records are skipped; once it is good, it is asked about."""
+  contents = {
+    "bad": b"not an image",
+    "good": (folder / "0.png").read_bytes(),
+    "empty": b"",
+  }
+
+  def questions():
+    return [
+      Question(id=id_, prompt="what ?", images=(content,))
+      for id_, content in contents.items()
+    ]
+
+  asking = asker(folder, engine)
+  data = dataclasses.replace(asking.config.data, on_bad_record="skip")
+  config = dataclasses.replace(asking.config, data=data)
+  asking = dataclasses.replace(asking, config=config)
+  found, count = asking.answer(questions(), tmp_path, "m")
+  assert count == 2 and (found["bad"], found["empty"]) == ("", "")
+  assert found["good"] == engine.ask(
+    "what ?", contents["good"], max_new_tokens=LIMIT
+  )
+  contents["bad"] = (folder / "1.png").read_bytes()
+  contents["empty"] = contents["good"]
+  again, count = asking.answer(questions(), tmp_path, "m")
+  assert count == 0 and again["empty"] == again["good"] == found["good"]
+  assert again["bad"] == engine.ask(
+    "what ?", contents["bad"], max_new_tokens=LIMIT
+  )
+
+
+def test_question_without_text():
+  class Nothing:
+    def questions(self):
+      yield Question(id="7", prompt=" \n", images=(b"",))
+
+  with raises(DataError, "question '7'", "no text"):
+    benchmark_answers.collect(Nothing())

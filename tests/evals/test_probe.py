@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from tests.evals.test_report import assert_drawn
 from tests.inference import engines
@@ -187,13 +186,13 @@ def test_read_is_the_state_of_each_image(tmp_path):
 
 
 def test_bars(tmp_path, monkeypatch):
-  drawn, save = [], Figure.savefig
+  drawn, save = [], plots.save
 
   def keep(figure, path):
     drawn.append(figure)
     save(figure, path)
 
-  monkeypatch.setattr(Figure, "savefig", keep)
+  monkeypatch.setattr(plots, "save", keep)
 
   def score(voco, patch, majority):
     accuracy = {"voco": voco, "mean_patch": patch}

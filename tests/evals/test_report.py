@@ -1,13 +1,17 @@
 """The report of a made-up workdir: its numbers, pictures and complaints."""
 
 import json
+import os
+import shutil
 import statistics
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests import disks
 from tests.evals import conftest
+from tests.fields import raises
 from vocojax.errors import UserError
 from vocojax.evals import report
 
@@ -34,6 +38,7 @@ def test_numbers_and_pictures(make_workdir):
   assert "98.4 % saved" in text
   # 100 * (233 - 130) / (239 - 130)
   assert "| **retention** |  |  | **94.5 %** |" in text
+  assert "(voco - lower) / (upper - lower)" in text
   assert "| 130 | 240 | 54.17 % |" in text
   assert "| 239 | 240 | 99.58 % |" in text
   # 18 gaps of 5 steps of 2 s.
@@ -54,7 +59,7 @@ def test_categories(make_workdir):
   columns = []
   for category in ("yes/no", "colour", "shape"):
     scores = []
-    for name in ("lower", "voco", "full"):
+    for name in ("lower", "voco", "upper"):
       right = [
         is_right
         for x, is_right in zip(
@@ -79,7 +84,7 @@ def test_cache_bytes_of_two_tokens_in_bfloat16(make_workdir):
   assert "the first VoCo token" in text
 
 
-@pytest.mark.parametrize("absent", [("full",), ("lower",), ("full", "lower")])
+@pytest.mark.parametrize("absent", [("upper",), ("lower",), ("upper", "lower")])
 def test_absent_bounds_are_left_out(make_workdir, absent):
   workdir = make_workdir()
   for name in absent:
@@ -94,11 +99,66 @@ def test_absent_bounds_are_left_out(make_workdir, absent):
 
 def test_upper_bound_not_above_lower(make_workdir):
   workdir = make_workdir()
-  path = workdir / "evaluation" / "full.json"
-  full = json.loads(path.read_text()) | {"accuracy": 130 / 240, "correct": 130}
-  path.write_text(json.dumps(full))
+  path = workdir / "evaluation" / "upper.json"
+  upper = json.loads(path.read_text()) | {"accuracy": 130 / 240, "correct": 130}
+  path.write_text(json.dumps(upper))
   text = report.write_report(workdir).read_text()
   assert "No retention: the upper bound (54.17 %) is not above" in text
+
+
+def rename_bounds(workdir, phase, **names):
+  """Gives results another name, and their phase."""
+  for old, new in names.items():
+    path = workdir / "evaluation" / f"{old}.json"
+    entry = json.loads(path.read_text()) | {"phase": phase, "name": new}
+    path.unlink()
+    path.with_name(f"{new}.json").write_text(json.dumps(entry))
+
+
+def test_bounds_of_before_are_labelled(make_workdir):
+  """When `full` was the upper bound, and the lower one its weights."""
+  workdir = make_workdir()
+  rename_bounds(workdir, "full", upper="full", lower="lower")
+  text = report.write_report(workdir).read_text()
+  assert "| **retention** (bounds: full) |  |  | **94.5 %** |" in text
+  assert "(voco - lower) / (full - lower)" in text
+  assert "These bounds are not the paper's" in text
+  assert "| lower: weights of full, text sees VoCo tokens only | 130 |" in text
+  rename_bounds(workdir, "full", lower="full_voco")
+  text = report.write_report(workdir).read_text()
+  assert "(voco - full_voco) / (full - full_voco)" in text
+  assert "| **retention** (bounds: full) |  |  | **94.5 %** |" in text
+
+
+def test_llava_is_a_further_row(make_workdir):
+  workdir = make_workdir()
+  path = workdir / "evaluation" / "upper.json"
+  entry = json.loads(path.read_text())
+  entry |= {"phase": "full", "accuracy": 0.75, "correct": 180}
+  path.with_name("full.json").write_text(json.dumps(entry))
+  text = report.write_report(workdir).read_text()
+  assert "| **retention** |  |  | **94.5 %** |" in text
+  assert "| full: LLaVA, text sees every patch, no VoCo tokens | 180 |" in text
+  assert "not the paper's" not in text
+
+
+def test_bounds_of_two_phases_are_none(make_workdir):
+  workdir = make_workdir()
+  rename_bounds(workdir, "full", upper="full")
+  text = report.write_report(workdir).read_text()
+  assert "No retention: evaluation/upper.json not found." in text
+
+
+def test_a_run_that_diverged(make_workdir):
+  workdir = make_workdir()
+  path = workdir / "voco" / "metrics.jsonl"
+  lines = path.read_text().splitlines()
+  last = json.loads(lines[-1])
+  for loss in ("NaN", "null", "Infinity"):
+    line = json.dumps(last | {"loss": 0.5}).replace("0.5", loss)
+    path.write_text("\n".join([*lines[:-1], line]) + "\n")
+    text = report.write_report(workdir).read_text()
+    assert f"| {'inf' if loss == 'Infinity' else 'nan'} |" in text
 
 
 def test_nothing_wrong(make_workdir):
@@ -151,19 +211,99 @@ REQUIRED = (
 
 
 @pytest.mark.parametrize("name", REQUIRED)
-@pytest.mark.parametrize("content", [None, b"", b'{"half', b"3\n", b"\xff\xfe"])
+@pytest.mark.parametrize(
+  "content",
+  [
+    *(None, b"", b'{"half', b"3\n", b"\xff\xfe", "pipe"),
+    *(b"[" * 5000, b"9" * 5000, b'{"title": "\\ud800"}'),
+  ],
+)
 def test_missing_or_corrupt_file_is_named(make_workdir, name, content):
   workdir = make_workdir()
   path = workdir / name
-  if content is None:
-    path.unlink()
-  else:
+  path.unlink()
+  if content == "pipe":
+    os.mkfifo(path)
+  elif content is not None:
     path.write_bytes(content)
-  with pytest.raises(UserError) as error:
+  with raises(UserError) as error:
     report.write_report(workdir)
-  assert str(path) in str(error.value)
-  assert "\n" not in str(error.value)
+  assert error.value.where.startswith(str(path))
   assert not (workdir / "report.md").exists()
+
+
+@pytest.mark.parametrize(
+  ("change", "where", "got"),
+  [
+    ({"accuracy": "0.9"}, ": field accuracy", "'0.9'"),
+    ({"accuracy": 10**400}, ": field accuracy", "1000"),
+    ({"total": 0}, ": total", "0"),
+    ({"by_category": []}, ": field by_category", "[]"),
+    ({"by_category": {"a": {"total": 1}}}, ": field correct", "nothing"),
+    ({"phase": "../../elsewhere"}, ": phase", "'../../elsewhere'"),
+    ({"phase": "/etc"}, ": phase", "'/etc'"),
+    ({"provenance": None}, ": field provenance", "None"),
+  ],
+)
+def test_a_result_of_wrong_types(make_workdir, change, where, got):
+  workdir = make_workdir()
+  path = workdir / "evaluation" / "voco.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  with raises(UserError, where, got, fix="vocojax.evaluate") as e:
+    report.write_report(workdir)
+  assert e.value.where.startswith(str(path))
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"images": np.zeros((12, 64, 64), np.uint8)},
+    {"images": np.zeros((12, 64, 64, 3), np.float32)},
+    {"attention": np.zeros((3, 3, 2, 1, 64), np.float32)},
+    {"attention": np.zeros((12, 0, 2, 1, 64), np.float32)},
+    {"attention": np.full((12, 3, 2, 1, 64), "a")},
+    {"record_ids": np.array([{}] * 12)},
+    {"record_ids": np.array([])},
+  ],
+)
+def test_arrays_of_wrong_types(make_workdir, change):
+  workdir = make_workdir()
+  path = workdir / "evaluation" / "attention.npz"
+  np.savez(path, **dict(np.load(path)) | change)
+  with raises(UserError, "attention.npz", fix="vocojax.evaluate"):
+    report.write_report(workdir)
+
+
+def test_arrays_that_unpack_to_much(make_workdir):
+  workdir = make_workdir()
+  path = workdir / "evaluation" / "attention.npz"
+  arrays = dict(np.load(path)) | {"images": np.zeros((12, 2000, 2000, 3), "u1")}
+  np.savez_compressed(path, **arrays)
+  assert path.stat().st_size < 2**20
+  with raises(UserError, "attention.npz", "bytes, packed"):
+    report.write_report(workdir)
+
+
+def test_a_full_or_read_only_disk(make_workdir, tmp_path):
+  made = make_workdir()
+  with disks.mounted(tmp_path / "disk", "8M") as disk:
+    workdir = disk / "run"
+    parts = ("evaluation", "upper", "voco")
+    for name in parts:
+      shutil.copytree(made / name, workdir / name)
+    for leave in (0, 4096, 100_000):
+      fill = disks.fill(disk, leave)
+      with raises(UserError, got="No space left", fix="free some space"):
+        report.write_report(workdir)
+      names = {path.name for path in workdir.rglob("*") if path.is_file()}
+      assert not any("part" in name or "lock" in name for name in names)
+      assert "report.md" not in names
+      fill.unlink()
+    disks.remount(disk, "ro")
+    with raises(UserError, got="Read-only file system"):
+      report.write_report(workdir)
+    disks.remount(disk, "rw")
+    assert report.write_report(workdir).is_file()
 
 
 def test_broken_line_is_numbered(make_workdir):
@@ -171,7 +311,7 @@ def test_broken_line_is_numbered(make_workdir):
   path = workdir / "voco" / "metrics.jsonl"
   lines = path.read_text().splitlines()
   path.write_text("\n".join([*lines[:3], '{"step": 30}', *lines[3:]]))
-  with pytest.raises(UserError, match=r"metrics.jsonl, line 4: .*loss"):
+  with raises(UserError, "metrics.jsonl:4: field loss", "nothing"):
     report.write_report(workdir)
 
 
@@ -179,7 +319,8 @@ def test_predictions_of_another_evaluation(make_workdir):
   workdir = make_workdir()
   path = workdir / "evaluation" / "voco.predictions.jsonl"
   path.write_text("\n".join(path.read_text().splitlines()[:-1]))
-  with pytest.raises(UserError, match=r"232 right of 239, voco\.json has 233"):
+  expected = "233 of 240, as in voco.json"
+  with raises(UserError, path.name, "232 right of 239", expected):
     report.write_report(workdir)
 
 
@@ -188,5 +329,5 @@ def test_attention_that_is_no_square(make_workdir):
   path = workdir / "evaluation" / "attention.npz"
   arrays = dict(np.load(path))
   np.savez(path, **arrays | {"attention": arrays["attention"][..., :60]})
-  with pytest.raises(UserError, match="60 patches"):
+  with raises(UserError, "attention map", "60 patches"):
     report.write_report(workdir)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from tests.fields import raises
 from vocojax.errors import UserError
 from vocojax.evals.retention import average_retention, retention
 
@@ -67,20 +68,19 @@ def test_may_exceed_100_and_fall_below_0():
 
 
 @pytest.mark.parametrize(
-  ("scores", "words"),
+  ("scores", "where", "got"),
   [
-    ((50.0, 40.0, 40.0), "both 40.0"),
-    ((math.nan, 40.0, 60.0), "result score is nan"),
-    ((50.0, -math.inf, 60.0), "lower score is -inf"),
-    ((50.0, 40.0, math.inf), "upper score is inf"),
+    ((50.0, 40.0, 40.0), "bounds", "40.0 twice"),
+    ((math.nan, 40.0, 60.0), "result score", "nan"),
+    ((50.0, -math.inf, 60.0), "lower score", "-inf"),
+    ((50.0, 40.0, math.inf), "upper score", "inf"),
   ],
 )
-def test_useless_scores_are_one_line_errors(scores, words):
-  with pytest.raises(UserError, match=words) as error:
+def test_useless_scores_are_errors(scores, where, got):
+  with raises(UserError, where, got):
     retention(*scores)
-  assert "\n" not in str(error.value)
 
 
 def test_no_benchmark_is_an_error():
-  with pytest.raises(UserError, match="no benchmark"):
+  with raises(UserError, "retention", "no benchmark"):
     average_retention([])

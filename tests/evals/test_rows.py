@@ -74,7 +74,86 @@ def test_a_row_without_bounds_says_so(tmp_path):
   text = made(tmp_path)
   cells = row(text, "Table 1", "VoCo-1")
   assert cells[1:3] == ["90.0<br>no bounds", "-"]
-  assert "lack a result `full` or `lower`" in section(text, "Table 1")
+  assert "lack a result `upper` or `lower`" in section(text, "Table 1")
+
+
+def test_bounds_of_before_are_labelled(tmp_path):
+  """When `full` was the upper bound, and the lower one its weights."""
+  values = results.config("voco", "voco")
+  results.evaluation(tmp_path / "a", values, "voco", 0.9)
+  results.old_bounds(tmp_path / "a", 0.5, 1.0)
+  text = made(tmp_path)
+  assert row(text, "Table 1", "VoCo-1")[1:3] == [
+    "90.0<br>80.0 % (bounds: full)",
+    "80.0 % (bounds: full)",
+  ]
+  for label, score, kept in (
+    ("LLaVA, all patches", "100.0", "100.0"),
+    ("LLaVA's weights under the VoCo mask", "50.0", "0.0"),
+  ):
+    cells = row(text, "Table 1", label)
+    assert cells[1] == f"{score}<br>{kept} % (bounds: full)"
+  assert "is not the paper's" in section(text, "Table 1")
+  # Made anew, those weights have a name of their own, and it is the same.
+  path = tmp_path / "a" / "evaluation" / "lower.json"
+  entry = json.loads(path.read_text()) | {"name": "full_voco"}
+  path.unlink()
+  path.with_name("full_voco.json").write_text(json.dumps(entry))
+  again = made(tmp_path)
+  assert section(again, "Table 1") == section(text, "Table 1")
+
+
+def test_of_equally_near_bounds_the_papers(tmp_path):
+  values = results.config("voco", "voco")
+  results.evaluation(tmp_path / "a" / "voco", values, "voco", 0.9)
+  results.old_bounds(tmp_path / "a" / "full", 0.5, 1.0)
+  results.bounds(tmp_path / "a" / "upper", 0.4, 1.0)
+  text = made(tmp_path)
+  assert row(text, "Table 1", "VoCo-1")[1] == "90.0<br>83.3 %"
+  assert row(text, "Table 1", "upper bound")[1] == "100.0<br>100.0 %"
+  # Those of its own workdir are nearer.
+  cells = row(text, "Table 1", "LLaVA, all patches")
+  assert cells[1] == "100.0<br>100.0 % (bounds: full)"
+  # The nearer ones are those of the same study.
+  results.evaluation(tmp_path / "b", values, "voco", 0.9)
+  results.old_bounds(tmp_path / "b", 0.5, 1.0)
+  text = made(tmp_path)
+  assert row(text, "Table 1", "VoCo-1")[1] == (
+    "90.0<br>81.7 % (bounds: full in part)"
+  )
+
+
+def test_a_bound_without_its_other_is_none(tmp_path):
+  """The upper bound of one kind does not go with the lower one of another."""
+  values = results.config("voco", "voco")
+  results.evaluation(tmp_path, values, "voco", 0.9)
+  results.bounds(tmp_path, 0.4, 1.0)
+  results.old_bounds(tmp_path, 0.5, 1.0)  # its `lower` replaces the other
+  (tmp_path / "evaluation" / "full.json").unlink()
+  assert row(made(tmp_path), "Table 1", "VoCo-1")[1] == "90.0<br>no bounds"
+
+
+def test_a_layout_is_no_method(tmp_path):
+  """`full` with prompt layout voco_v1 is not `full_voco`."""
+  values = results.config("full", "full")
+  results.evaluation(tmp_path, values, "full_voco_v1", 0.9)
+  results.evaluation(tmp_path, values, "full_voco_voco_v1", 0.8)
+  results.evaluation(tmp_path, values, "full_voco", 0.7)
+  found = rows(made(tmp_path), "Table 4")
+  assert found["LLaVA, all patches, voco_v1"][0][1].startswith("90.0<br>")
+  label = "LLaVA's weights under the VoCo mask"
+  assert found[f"{label}, voco_v1"][0][1].startswith("80.0<br>")
+  assert row(made(tmp_path), "Table 1", label)[1].startswith("70.0<br>")
+
+
+def test_phases_that_start_from_each_other(tmp_path):
+  """They would be read for ever."""
+  for one, other in (("a", "b"), ("b", "a")):
+    origin = f"{results.HOME}/{tmp_path.name}/{other}"
+    values = results.config(one, "voco", init_from=origin)
+    results.write_phase(tmp_path, values)
+  results.evaluation(tmp_path, values, "voco", 0.9)
+  assert row(made(tmp_path), "Table 1", "VoCo-1")[0] == "1"
 
 
 def test_a_useless_upper_bound_is_named(tmp_path):

@@ -2,25 +2,23 @@
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from tests.evals import results
 from tests.evals.test_report import assert_drawn
-from vocojax.evals import paper, tables
+from vocojax.evals import paper, plots, table_plots, tables
 
 
 @pytest.fixture
 def draw(tmp_path, monkeypatch):
   """Writes the tables; returns the figures by name."""
   figures = {}
-  save = Figure.savefig
 
   def keep(figure, path):
     figures[path.stem] = figure
-    save(figure, path)
+    plots.save(figure, path)
 
   def write():
-    monkeypatch.setattr(Figure, "savefig", keep)
+    monkeypatch.setattr(table_plots, "save", keep)
     text = tables.write_tables(tmp_path).read_text()
     for name in figures:
       assert f"](tables/{name}.png)" in text

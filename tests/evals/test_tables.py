@@ -1,13 +1,16 @@
 """The paper's tables from files on disk: its own scores give its own rates."""
 
 import json
+import os
 import re
 
 import pytest
 
+from tests import disks
 from tests.evals import results
 from tests.evals.results import made, row, rows, section, write_seeds
 from tests.evals.test_retention import BOUNDS, TABLE_1
+from tests.fields import raises
 from vocojax.errors import UserError
 from vocojax.evals import tables
 
@@ -33,9 +36,11 @@ SWEEP = {
 
 
 def write_published_bounds(folder):
-  values = results.config("full", "full")
+  values = results.config("upper", "voco_causal")
   for name, (lower, upper) in BOUNDS.items():
-    results.benchmark(folder / "a", values, NAMES[name], {"score": upper})
+    results.benchmark(
+      folder / "a", values, NAMES[name], {"score": upper}, use="upper"
+    )
     results.benchmark(
       folder / "a", values, NAMES[name], {"score": lower}, use="lower"
     )
@@ -102,8 +107,8 @@ def test_other_uses(tmp_path):
   read = {"mean_k": 2.34}
   results.evaluation(tmp_path / "a", values, "voco_adaptive", 0.85, **read)
   # Bounds used otherwise are no bounds.
-  values = results.config("full", "full", k=8)
-  for name, accuracy in (("full_int8", 0.8), ("lower_int8", 0.2)):
+  values = results.config("upper", "voco_causal", k=8)
+  for name, accuracy in (("upper_int8", 0.8), ("lower_int8", 0.2)):
     results.evaluation(tmp_path / "a", values, name, accuracy)
   text = made(tmp_path)
   found = {x: y[0][1] for x, y in rows(text, "Table 4").items()}
@@ -121,8 +126,8 @@ def test_other_uses(tmp_path):
 
 def test_kinds_of_questions(tmp_path):
   parts = {"color": 0.9, "shape": 0.6}
-  values = results.config("full", "full")
-  for name, factor in (("full", 1.0), ("lower", 0.5)):
+  values = results.config("upper", "voco_causal")
+  for name, factor in (("upper", 1.0), ("lower", 0.5)):
     results.evaluation(
       tmp_path, values, name, 0.8, {x: factor * y for x, y in parts.items()}
     )
@@ -159,11 +164,17 @@ def test_efficiency(tmp_path):
     "0.5 (94.8 %)",
   ]
   path.write_text(json.dumps({"rows": lines[1:]}))
-  with pytest.raises(UserError, match=r"tiny, text .* lacks way .none., ex"):
+  with raises(UserError, "32 + 16 tokens", "no row of way 'none'"):
     tables.write_tables(tmp_path)
-  path.write_text(json.dumps({"rows": [lines[0], {}]}))
-  with pytest.raises(UserError, match=r"efficiency\.json: rows\[1\]"):
-    tables.write_tables(tmp_path)
+  for bad, where in (
+    ([lines[0], {}], ": rows[1]: field size"),
+    ([lines[0] | {"operations": "1"}], ": rows[0]: field operations"),
+    ([3], ": rows[0]"),
+    ({}, ": field rows"),
+  ):
+    path.write_text(json.dumps({"rows": bad}))
+    with raises(UserError, f"efficiency.json{where}", fix="benchmarks.eff"):
+      tables.write_tables(tmp_path)
 
 
 def test_video(tmp_path):
@@ -180,7 +191,13 @@ def test_video(tmp_path):
   assert "VoCo-2" not in rows(text, "Table 1")
 
 
-@pytest.mark.parametrize("content", [b"", b'{"half', b"3", b"\xff\xfe", b"{}"])
+@pytest.mark.parametrize(
+  "content",
+  [
+    *(b"", b'{"half', b"3", b"\xff\xfe", b"{}", "pipe"),
+    *(b"[" * 5000, b'{"a": ' * 900 + b"1" + b"}" * 900, b"9" * 5000),
+  ],
+)
 @pytest.mark.parametrize(
   "name", ["evaluation/voco.json", "voco/config.json", "result.json"]
 )
@@ -190,33 +207,107 @@ def test_a_bad_file_is_named(tmp_path, name, content):
   path = tmp_path / "a" / name
   if name == "result.json":
     path = results.benchmark(tmp_path / "b", values, "gqa", {"accuracy": 50.0})
-  path.write_bytes(content)
-  with pytest.raises(UserError) as error:
+  path.unlink()
+  if content == "pipe":
+    os.mkfifo(path)
+  else:
+    path.write_bytes(content)
+  with raises(UserError) as error:
     tables.write_tables(tmp_path)
-  assert str(path) in str(error.value)
-  assert "\n" not in str(error.value)
+  assert error.value.where.startswith(str(path))
   assert not (tmp_path / "tables.md").exists()
+
+
+@pytest.mark.parametrize(
+  ("change", "where"),
+  [
+    ({"accuracy": None}, ": field accuracy"),
+    ({"accuracy": 10**400}, ": field accuracy"),
+    ({"by_category": {"a": 3}}, ": by_category: 'a'"),
+    ({"by_category": {"a": {"correct": 1, "total": 0}}}, ": by_category: 'a'"),
+    ({"checkpoint": "7"}, ": checkpoint"),
+    ({"checkpoint": ["7"]}, ": field checkpoint"),
+    ({"provenance": "x"}, ": field provenance"),
+    ({"mean_k": "4"}, ": field mean_k"),
+    ({"name": 4}, ": field name"),
+  ],
+)
+def test_a_result_of_wrong_types(tmp_path, change, where):
+  values = results.config("voco", "voco")
+  path = results.evaluation(tmp_path, values, "voco", 0.9)
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  with raises(UserError, f"voco.json{where}", fix="evaluate that checkpoint"):
+    tables.write_tables(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("group", "change", "where"),
+  [
+    ("", {"seed": "0"}, ": field seed"),
+    ("", {"model": []}, ": field model"),
+    ("", {"init_from": 3}, ": field init_from"),
+    ("", {"training": 3}, ": field training"),
+    ("data", {"source": None}, ": data: field source"),
+    ("data", {"grid_size": "2"}, ": data: field grid_size"),
+    ("model", {"compressor": {}}, ": model.compressor: field name"),
+    ("training", {"distill_weight": "1"}, ": training: field distill_weight"),
+    ("training", {"teacher": {}}, ": training: field teacher"),
+    ("evaluation", {"max_records": []}, ": evaluation: field max_records"),
+  ],
+)
+def test_a_config_of_wrong_types(tmp_path, group, change, where):
+  values = results.config("voco", "voco")
+  (values[group] if group else values).update(change)
+  broken = json.dumps(values)
+  values = results.config("voco", "voco")
+  results.evaluation(tmp_path, values, "voco", 0.9)
+  (tmp_path / "voco" / "config.json").write_text(broken)
+  with raises(UserError, f"config.json{where}", fix="copy it from beside"):
+    tables.write_tables(tmp_path)
+
+
+def test_a_folder_of_any_name(tmp_path):
+  """Names of files are bytes, of which some are no text."""
+  folder = tmp_path / os.fsdecode(b"caf\xe9")
+  write_seeds(folder, [(0.5, 0.9, 1.0)])
+  assert "caf\\udce9/s0/evaluation" in made(tmp_path)
+
+
+def test_a_full_or_read_only_disk(tmp_path):
+  with disks.mounted(tmp_path / "disk", "4M") as disk:
+    write_seeds(disk, [(0.5, 0.9, 1.0)])
+    for leave in (0, 4096, 12_000):
+      fill = disks.fill(disk, leave)
+      with raises(UserError, got="No space left", fix="free some space"):
+        tables.write_tables(disk)
+      assert not list(disk.rglob("*.part")) + list(disk.rglob("tables.md"))
+      fill.unlink()
+    disks.remount(disk, "ro")
+    with raises(UserError, got="Read-only file system"):
+      tables.write_tables(disk)
+    disks.remount(disk, "rw")
+    assert tables.write_tables(disk).is_file()
 
 
 def test_a_missing_config_is_named(tmp_path):
   values = results.config("voco", "voco")
   results.evaluation(tmp_path, values, "voco", 0.9)
   (tmp_path / "voco" / "config.json").unlink()
-  with pytest.raises(UserError, match=r"voco/config\.json: cannot be read"):
+  with raises(UserError, "voco/config.json", "no such file"):
     tables.write_tables(tmp_path)
 
 
 def test_an_unknown_name_is_refused(tmp_path):
   values = results.config("voco", "voco")
   results.evaluation(tmp_path, values, "mystery", 0.9)
-  with pytest.raises(UserError, match=r"mystery\.json: name 'mystery'"):
+  with raises(UserError, "mystery.json: name", "'mystery'"):
     tables.write_tables(tmp_path)
 
 
 def test_nothing_found(tmp_path):
-  with pytest.raises(UserError, match=r"python -m vocojax\.evaluate"):
+  with raises(UserError, got="no results", fix="python -m vocojax.evaluate"):
     tables.write_tables(tmp_path)
-  with pytest.raises(UserError, match="no such folder"):
+  with raises(UserError, "nowhere", "no such folder"):
     tables.write_tables(tmp_path / "nowhere")
 
 

@@ -9,19 +9,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
-import vocojax
 from configs import easyvqa_1tok
-from tests.inference import engines
 from tests.models import builders
-from vocojax import assemble
 from vocojax import config as config_lib
-from vocojax.errors import CheckpointError
 from vocojax.models import masks
 from vocojax.models.vlm import VisionLanguageModel
-from vocojax.training import checkpoint
 
 T = 7
 TOLERANCE = 1e-5  # of the largest logit
@@ -151,28 +145,6 @@ def test_the_parameters_are_those_of_voco():
     jax.eval_shape(_vlm(name).init, jax.random.key(0)) for name in NAMES
   )
   assert voco == causal
-
-
-def test_a_checkpoint_of_the_upper_bound_is_read_as_either(tmp_path):
-  config, _, params, words = engines.setup(tmp_path, "voco_causal", 3)
-  where = tmp_path / "voco_causal" / checkpoint.FOLDER / "0"
-  checkpoint.write_settings(where, config, words)
-  with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
-    writer.save(where / "params", args=ocp.args.StandardSave(params))
-  path = tmp_path / "voco_causal"
-  upper = vocojax.load(path)
-  assert upper.num_image_tokens == 1 + 16 + 3
-  lower = vocojax.load(path, compressor="voco")
-  assert lower.num_image_tokens == 3 and lower.origin != upper.origin
-  assert vocojax.load(path, compressor="voco", num_voco_tokens=2)
-  with pytest.raises(CheckpointError):
-    vocojax.load(path, compressor="full")
-  loaded = checkpoint.load(str(path))
-  names = [
-    assemble.result_name(loaded, name, False)[0]
-    for name in ("voco_causal", "voco")
-  ]
-  assert names == ["upper", "lower"]
 
 
 def test_the_quick_start_trains_the_upper_bound_first():

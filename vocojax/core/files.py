@@ -7,13 +7,14 @@ comes from a file and becomes a path. What is wrong with a file becomes a
 
 import contextlib
 import errno
+import io
 import json
 import os
 import pathlib
 import re
 import stat
-from collections.abc import Iterator
-from typing import Any, BinaryIO, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 from vocojax.errors import DataError, UserError, one_line, shorten
 
@@ -56,7 +57,7 @@ def expand_user(
 
 def open_regular(
   path: str | os.PathLike, error: Errors = DataError
-) -> BinaryIO:
+) -> io.BufferedReader:
   """Opens a regular file for reading; a pipe or device is refused at once.
 
   Symlinks are followed.
@@ -177,26 +178,34 @@ def read_json_lines(
   path: str | os.PathLike,
   kind: type[T] | tuple[type, ...] = dict,
   error: Errors = DataError,
+  nan: bool = False,
 ) -> Iterator[tuple[str, T]]:
   """`FILE:LINE` and the value of each line that is not blank.
+
+  With `nan`, NaN and Infinity are read, as logs of a run may hold them.
 
   Raises:
     UserError: of class `error`; as `open_regular` and `parse_json`.
   """
-  with open_regular(path, error) as file:
-    for number, line in enumerate(_lines(file, path, error), 1):
-      if line.strip():
-        where = f"{os.fspath(path)}:{number}"
-        yield where, parse_json(line.rstrip(), where, kind, error)
+  for number, line in enumerate(read_lines(path, error), 1):
+    if line.strip():
+      where = f"{os.fspath(path)}:{number}"
+      yield where, parse_json(line.rstrip(), where, kind, error, nan)
 
 
-def _lines(
-  file: BinaryIO, path: str | os.PathLike, error: Errors
+def read_lines(
+  path: str | os.PathLike, error: Errors = DataError
 ) -> Iterator[bytes]:
-  try:
-    yield from file
-  except OSError as e:
-    raise _unreadable(path, e, error) from e
+  r"""The lines of a regular file, each with the `\n` at its end.
+
+  Raises:
+    UserError: of class `error`; as `open_regular`, or reading fails.
+  """
+  with open_regular(path, error) as file:
+    try:
+      yield from file
+    except OSError as e:
+      raise _unreadable(path, e, error) from e
 
 
 def parse_json(
@@ -204,6 +213,7 @@ def parse_json(
   where: Any,
   kind: type[T] | tuple[type, ...] = dict,
   error: Errors = DataError,
+  nan: bool = False,
 ) -> T:
   """The value of a JSON text, which must be of type `kind`.
 
@@ -219,13 +229,14 @@ def parse_json(
     where: what to call the text in errors.
     kind: the type (or types) that the value must have.
     error: the class of error to raise.
+    nan: whether NaN and Infinity are read.
 
   Raises:
     UserError: of class `error`; the text is not JSON or holds another type.
   """
   text = decode(data, where, error) if isinstance(data, bytes) else data
   try:
-    value = _DECODER.decode(text)
+    value = (_NAN_DECODER if nan else _DECODER).decode(text)
   except json.JSONDecodeError as e:
     raise error(
       where,
@@ -266,7 +277,7 @@ def check_kind(
   kinds = kind if isinstance(kind, tuple) else (kind,)
   if object in kinds or type(value) in kinds:
     return value
-  if float in kinds and type(value) is int:
+  if float in kinds and type(value) is int and abs(value) < 2**1023:
     return value  # type: ignore[return-value]
   names = " or ".join(_NAMES.get(k, k.__name__) for k in kinds)
   raise error(where, shorten(value), names, "correct it")
@@ -302,6 +313,36 @@ def get_field(
   return check_kind(values[key], f"{where}: field {key}", kind, error)
 
 
+def check_fields(
+  values: Any,
+  where: Any,
+  fields: Mapping[str, type | tuple[type, ...]],
+  error: Errors = DataError,
+  optional: Mapping[str, type | tuple[type, ...]] | None = None,
+) -> dict[str, Any]:
+  """Returns `values` if it is an object that has all fields, of their types.
+
+  Raises:
+    UserError: of class `error`; it is not, or one of the `optional` fields is
+      there and has another type.
+  """
+  values = check_kind(values, where, dict, error)
+  for field, kind in fields.items():
+    get_field(values, field, kind, where, error)
+  for field, kind in (optional or {}).items():
+    get_field(values, field, kind, where, error, default=None)
+  return values
+
+
+@contextlib.contextmanager
+def remedy(words: str) -> Iterator[None]:
+  """Replaces the remedy of every `UserError`, where the caller knows better."""
+  try:
+    yield
+  except UserError as e:
+    raise type(e)(e.where, e.got, e.expected, words) from e
+
+
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   result = dict(pairs)
   if len(result) < len(pairs):
@@ -334,6 +375,9 @@ _DECODER = json.JSONDecoder(
   object_pairs_hook=_no_repeats,
   parse_constant=_no_constant,
   parse_float=_finite,
+)
+_NAN_DECODER = json.JSONDecoder(
+  object_pairs_hook=_no_repeats, parse_float=_finite
 )
 
 
@@ -435,7 +479,9 @@ def write_atomic(
   with storage(path, error):
     try:
       with part.open("wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
+        if isinstance(data, str):  # paths in it may hold any byte
+          data = data.encode("utf-8", "backslashreplace")
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
       os.replace(part, path)

@@ -31,7 +31,9 @@ SETTLE_SECONDS = 2
 
 
 @contextlib.contextmanager
-def held(folder: str | os.PathLike, kind: str) -> Iterator[None]:
+def held(
+  folder: str | os.PathLike, kind: str, wait_seconds: float = 0.0
+) -> Iterator[None]:
   """Holds the lock of one kind of writer of a folder.
 
   The processes of one run call `distributed.held`. Readers need no lock.
@@ -39,6 +41,7 @@ def held(folder: str | os.PathLike, kind: str) -> Iterator[None]:
   Args:
     folder: an existing folder.
     kind: what writes, such as 'training'; part of a file name.
+    wait_seconds: for another process that holds it.
 
   Raises:
     UserError: another process holds it, or the folder cannot be written.
@@ -50,7 +53,15 @@ def held(folder: str | os.PathLike, kind: str) -> Iterator[None]:
     "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     "token": os.urandom(8).hex(),  # two containers may share the above
   }
-  descriptor = _acquire(path, kind, me)
+  end = time.monotonic() + wait_seconds
+  while True:
+    try:
+      descriptor = _acquire(path, kind, me)
+      break
+    except UserError:
+      if time.monotonic() >= end:
+        raise
+      time.sleep(0.2)
   stop = threading.Event()
   heart = threading.Thread(target=_beat, args=(path, kind, me, stop))
   heart.daemon = True

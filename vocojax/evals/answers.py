@@ -8,8 +8,8 @@ here).
 import collections
 import dataclasses
 import functools
+import io
 import json
-import os
 import pathlib
 import sys
 import time
@@ -23,8 +23,10 @@ import transformers
 from absl import logging
 
 from vocojax.config import Config
+from vocojax.core.files import write_atomic
 from vocojax.data import pipeline
 from vocojax.data.sources import Record, Source
+from vocojax.errors import DataError, UserError
 from vocojax.evals.categories import category
 from vocojax.inference import adaptive
 from vocojax.inference.engine import Engine, Request
@@ -47,12 +49,14 @@ class Evaluation:
       category; where it was adaptive, num_voco_tokens too.
     seconds: compression and answering, without compilation; of the slowest
       process.
+    bad_records: how many were left out.
     kept: image, attention [L, H, K, patches] and id of some records of the
       first process, where the compressor is 'voco'.
   """
 
   predictions: list[dict[str, Any]]
   seconds: float
+  bad_records: int
   kept: list[tuple[np.ndarray, np.ndarray, str]]
 
   @property
@@ -86,6 +90,10 @@ def answer_questions(
   Each conversation's first question is asked; its answer is the truth. With
   `int8` the cache is rounded to 8-bit numbers before. Where it `is_adaptive`,
   each question reads as few VoCo tokens as will do, see inference/adaptive.py.
+
+  Raises:
+    DataError: a record cannot be asked about and `config.data.on_bad_record` is
+      'stop', or none can.
   """
   evaluation = config.evaluation
   slots = evaluation.batch_size * SLOTS_PER_RECORD
@@ -105,7 +113,8 @@ def answer_questions(
   block = _Block(
     source, range(total)[total * index // count : total * (index + 1) // count]
   )
-  batches = _batches(config, block)
+  bad = _BadRecords(config.data.on_bad_record)
+  batches = _batches(config, block, bad)
   asked: list[_Asked] = []
   kept: list[tuple[str, np.ndarray]] = []
   bar = tqdm.tqdm(
@@ -119,6 +128,7 @@ def answer_questions(
   answer = functools.partial(
     _answer,
     engine,
+    bad,
     max_new_tokens=evaluation.max_new_tokens,
     int8=int8,
     threshold=evaluation.adaptive_threshold if is_adaptive else None,
@@ -145,10 +155,19 @@ def answer_questions(
     | ({"num_voco_tokens": a.num_voco_tokens} if is_adaptive else {})
     for a in asked
   ]
-  blocks = distributed.gather((predictions, seconds))
+  blocks = distributed.gather((predictions, seconds, bad.count))
+  predictions = [one for block in blocks for one in block[0]]
+  if not predictions:
+    raise DataError(
+      f"config.evaluation.split={evaluation.split}",
+      "no question that can be asked",
+      "some",
+      "name another split, or correct the records",
+    )
   return Evaluation(
-    [one for predictions, _ in blocks for one in predictions],
-    max(seconds for _, seconds in blocks),
+    predictions,
+    max(seconds for _, seconds, _ in blocks),
+    sum(count for _, _, count in blocks),
     _attention(model, params, kept),
   )
 
@@ -167,8 +186,29 @@ class _Block:
     return self.source[self.indices[index]]
 
 
+class _BadRecords:
+  """Counts and logs what is left out, unless it is to end the evaluation."""
+
+  def __init__(self, rule: str):
+    self._rule = rule
+    self._questions: set[str] = set()
+    self.count = 0
+
+  def log(self, message: str) -> None:
+    self.count += 1
+    logging.warning("left out: %s", message)
+
+  def take(self, error: UserError) -> None:
+    """Raises `error`, or leaves its question out."""
+    if self._rule == "stop":
+      raise error
+    if str(error) not in self._questions:  # the first batch is asked twice
+      self._questions.add(str(error))
+      self.log(str(error))
+
+
 def _batches(
-  config: Config, source: Source
+  config: Config, source: Source, bad: _BadRecords
 ) -> Iterator[tuple[list[Record], list[np.ndarray]]]:
   """Records in order with their images, uint8 [F, S, S, 3] each."""
   records, images = [], []
@@ -177,7 +217,7 @@ def _batches(
     config.model.vision.image_size,
     config.data,
     config.prompt.layout,
-    logging.warning,
+    bad.log,
   )
   for record, pixels in pairs:
     records.append(record)
@@ -191,6 +231,7 @@ def _batches(
 
 def _answer(
   engine: Engine,
+  bad: _BadRecords,
   records: list[Record],
   images: list[np.ndarray],
   max_new_tokens: int,
@@ -213,15 +254,47 @@ def _answer(
       requests.append(
         Request([(question, None)], one, max_new_tokens=max_new_tokens)
       )
+  try:
+    _ask(engine, asked, requests, threshold)
+  except UserError:
+    pairs = [
+      pair
+      for pair in zip(asked, requests, strict=True)
+      if _can_be_asked(engine, *pair, bad)
+    ]
+    if len(pairs) == len(requests):
+      raise
+    asked = [one for one, _ in pairs]
+    _ask(engine, asked, [request for _, request in pairs], threshold)
+  return asked
+
+
+def _ask(
+  engine: Engine,
+  asked: list[_Asked],
+  requests: list[Request],
+  threshold: float | None,
+) -> None:
+  """Fills in the answers."""
   if threshold is None:
     for index, result in engine.generate(requests):
       asked[index].prediction = result.text
-    return asked
+    return
   answers = adaptive.run(engine, requests, threshold)
   for one, answer in zip(asked, answers, strict=True):
     one.prediction = answer.result.text
     one.num_voco_tokens = answer.num_voco_tokens
-  return asked
+
+
+def _can_be_asked(
+  engine: Engine, one: _Asked, request: Request, bad: _BadRecords
+) -> bool:
+  try:
+    engine.check(request)
+  except UserError as e:
+    bad.take(e.within(f"record {one.record_id}"))
+    return False
+  return True
 
 
 def _keep(
@@ -270,7 +343,6 @@ def write(
   Returns:
     What NAME.json holds.
   """
-  folder.mkdir(parents=True, exist_ok=True)
   groups: dict = collections.defaultdict(lambda: {"correct": 0, "total": 0})
   for p in evaluation.predictions:
     groups[p["category"]]["total"] += 1
@@ -286,6 +358,7 @@ def write(
     "accuracy": evaluation.correct / total,
     "correct": evaluation.correct,
     "total": total,
+    "bad_records": evaluation.bad_records,
     "seconds": evaluation.seconds,
     "by_category": dict(groups),
     "provenance": provenance,
@@ -302,23 +375,16 @@ def write(
       "k_histogram": {str(k): counts[k] for k in sorted(counts)},
     }
   lines = [json.dumps(p) + "\n" for p in evaluation.predictions]
-  _write(folder / f"{name}.predictions.jsonl", "".join(lines).encode())
+  write_atomic(folder / f"{name}.predictions.jsonl", "".join(lines))
   if name == "voco" and evaluation.kept:
     images, attention, ids = zip(*evaluation.kept, strict=True)
-    part = folder / "attention.part.npz"
+    content = io.BytesIO()
     np.savez(
-      part,
+      content,
       images=np.stack(images),
       attention=np.stack(attention),
       record_ids=np.array(ids),
     )
-    os.replace(part, folder / "attention.npz")
-  _write(folder / f"{name}.json", json.dumps(result, indent=1).encode())
+    write_atomic(folder / "attention.npz", content.getvalue())
+  write_atomic(folder / f"{name}.json", json.dumps(result, indent=1))
   return result
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-  """Whole or not at all."""
-  part = path.with_name(path.name + ".part")
-  part.write_bytes(content)
-  os.replace(part, path)

@@ -18,12 +18,13 @@ import jax
 import numpy as np
 import tqdm
 import transformers
+from absl import logging
 from jaxtyping import UInt8
 
 from vocojax.config import Config
 from vocojax.data import prompt
 from vocojax.data.video import read_frames
-from vocojax.errors import DataError
+from vocojax.errors import DataError, UserError, shorten
 from vocojax.evals.benchmarks.base import Benchmark, Question
 from vocojax.evals.benchmarks.predictions import (
   PredictionWriter,
@@ -41,10 +42,17 @@ def collect(benchmark: Benchmark) -> list[Question]:
   """All questions; those about the same image or video are neighbours.
 
   Raises:
-    DataError: an image or video is missing.
+    DataError: an image or video is missing, or a question has no text.
   """
   groups: dict[tuple, list[Question]] = {}
   for question in benchmark.questions():
+    if not question.prompt.strip():
+      raise DataError(
+        f"question {shorten(question.id)}",
+        "no text",
+        "a question",
+        "take the official files of the benchmark",
+      )
     group = groups.setdefault(_shown(question), [])
     if group:  # what is equal is kept once
       question = dataclasses.replace(question, images=group[0].images)
@@ -101,16 +109,21 @@ class Asker:
 
   def answer(
     self, questions: Sequence[Question], folder: pathlib.Path, model_id: str
-  ) -> dict[str, str]:
+  ) -> tuple[dict[str, str], int]:
     """The answers of all processes to all questions.
 
     Those in `folder` are kept, by however many processes they were written, and
-    the rest is asked.
+    the rest is asked. Where `config.data.on_bad_record` is 'skip', an image or
+    video that cannot be read is logged, and what is asked about it answered
+    with nothing; such answers are not kept.
 
     Args:
       questions: from `collect`.
       folder: gets a file of answers from each process.
       model_id: stands in the files; others are not continued.
+
+    Returns:
+      Them, and how many are nothing for want of the image or video.
 
     Raises:
       DataError: an image cannot be read, or a file of answers cannot be used.
@@ -118,23 +131,29 @@ class Asker:
     index, count = jax.process_index(), jax.process_count()
     ids = [question.id for question in questions]
     where = str(folder)
-    with PredictionWriter(_file(folder, index), model_id) as writer:
-      found = {_file(folder, index).name: writer.answered}
-      if index == 0:
-        found |= _left_over(folder, count, model_id)
-      done = _merge(folder, distributed.gather(found))
-      left = [question for question in questions if question.id not in done]
-      check_complete(done | {q.id: "" for q in left}, ids, where)
-      n = len(left)
-      block = left[n * index // count : n * (index + 1) // count]
-      self._ask(block, writer)
-      answered = _merge(folder, distributed.gather(found))
+    writer = PredictionWriter(_file(folder, index), model_id)
+    found = {_file(folder, index).name: writer.answered}
+    if index == 0:
+      found |= _left_over(folder, count, model_id)
+    done = _merge(folder, distributed.gather(found))
+    left = [question for question in questions if question.id not in done]
+    check_complete(done | {q.id: "" for q in left}, ids, where)
+    n = len(left)
+    block = left[n * index // count : n * (index + 1) // count]
+    bad = self._ask(block, writer)
+    answered = _merge(folder, distributed.gather(found))
+    bad = [id_ for part in distributed.gather(bad) for id_ in part]
+    answered |= dict.fromkeys(bad, "")
     check_complete(answered, ids, where)
-    return answered
+    return answered, len(bad)
 
-  def _ask(self, questions: Sequence[Question], writer: PredictionWriter):
+  def _ask(
+    self, questions: Sequence[Question], writer: PredictionWriter
+  ) -> list[str]:
+    """Writes all answers; returns the ids of what could not be asked."""
     asked: list[Question] = []
-    requests = self._requests(questions, asked)
+    bad: list[str] = []
+    requests = self._requests(questions, asked, bad)
     with tqdm.tqdm(
       total=len(questions),
       desc=f"answers of {self.title}",
@@ -146,12 +165,13 @@ class Asker:
       for i, result in self.engine.generate(requests):
         writer.add(asked[i].id, asked[i].prompt, result.text)
         bar.update()
+    return bad
 
   def _requests(
-    self, questions: Sequence[Question], asked: list[Question]
+    self, questions: Sequence[Question], asked: list[Question], bad: list[str]
   ) -> Iterator[Request]:
-    """Requests in the order of `asked`, which is filled on the way."""
-    for batch in self._batches(questions):
+    """Requests in the order of `asked`; both lists are filled on the way."""
+    for batch in self._batches(questions, bad):
       cache = self.engine.compress([x for _, pixels in batch for x in pixels])
       if self.int8:
         cache = cache.quantize()
@@ -166,12 +186,18 @@ class Asker:
           )
 
   def _batches(
-    self, questions: Sequence[Question]
+    self, questions: Sequence[Question], bad: list[str]
   ) -> Iterator[list[tuple[list[Question], np.ndarray]]]:
     """Neighbours with as many images as are compressed together."""
     batch: list[tuple[list[Question], np.ndarray]] = []
     size = 0
     for group, pixels in self._read(questions):
+      if isinstance(pixels, UserError):
+        if self.config.data.on_bad_record == "stop":
+          raise pixels
+        logging.warning("answered with nothing: %s", pixels)
+        bad += [question.id for question in group]
+        continue
       if batch and size + len(pixels) > self.engine.compress_batch:
         yield batch
         batch, size = [], 0
@@ -182,7 +208,7 @@ class Asker:
 
   def _read(
     self, questions: Sequence[Question]
-  ) -> Iterator[tuple[list[Question], np.ndarray]]:
+  ) -> Iterator[tuple[list[Question], np.ndarray | UserError]]:
     """Questions about the same, and its pixels, which are read ahead."""
     pool = concurrent.futures.ThreadPoolExecutor(_READERS)
     waiting: collections.deque = collections.deque()
@@ -198,7 +224,10 @@ class Asker:
     finally:
       pool.shutdown(cancel_futures=True)
 
-  def _pixels(self, question: Question) -> UInt8[np.ndarray, "F S S 3"]:
+  def _pixels(
+    self, question: Question
+  ) -> UInt8[np.ndarray, "F S S 3"] | UserError:
+    """What is asked about, or what is wrong with it."""
     size = self.config.model.vision.image_size
     data = self.config.data
     try:
@@ -209,7 +238,16 @@ class Asker:
       read = (read_image(i, size, data.pad_to_square) for i in question.images)
       return np.stack([pixels for pixels, _ in read])
     except DataError as e:
-      raise DataError(f"question {question.id}: {e}") from e
+      return e.within(f"question {question.id}")
+    except UserError:  # such as a library that is not installed
+      raise
+    except Exception as e:  # what libraries raise on a damaged file is anything
+      return DataError(
+        f"question {question.id}",
+        f"{type(e).__name__}: {e}",
+        "an image or a video that can be read",
+        "replace the file",
+      )
 
 
 def _file(folder: pathlib.Path, process: int) -> pathlib.Path:
@@ -224,8 +262,7 @@ def _left_over(
   found = {}
   for path in sorted(folder.glob("predictions*.jsonl")):
     if path not in own:
-      with PredictionWriter(path, model_id) as reader:
-        found[path.name] = reader.answered
+      found[path.name] = PredictionWriter(path, model_id).answered
   return found
 
 
@@ -244,8 +281,10 @@ def _merge(
       for id_ in answered:
         if id_ in answers:
           raise DataError(
-            f"{folder / name}: question {id_!r} is answered in {files[id_]}, "
-            "too, expected once; delete one of the lines"
+            folder / name,
+            f"question {shorten(id_)}, which {files[id_]} answers, too",
+            "one answer to a question",
+            "delete one of the lines",
           )
         files[id_] = name
       answers |= answered

@@ -11,18 +11,59 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from vocojax.config import HOW_COMPUTED
-from vocojax.errors import UserError
-from vocojax.evals.benchmarks.files import read_json, with_fields
+from vocojax.core import files
+from vocojax.errors import UserError, shorten
 
-# Names of results, the longest first: what follows says how it was used.
-METHODS = ("voco_full", "qformer", "avgpool", "blind", "lower", "voco", "full")
-_EVALUATION = "name checkpoint split accuracy by_category provenance".split()
-_BENCHMARK = "benchmark scores checkpoint settings provenance config".split()
-_CONFIG = "name seed model data evaluation".split()
+# Names of results; what follows says how it was used. `full` may be used with
+# another prompt layout, such as voco_v1, which is no `full_voco`.
+METHODS = (
+  *("upper", "lower", "full", "full_voco", "voco_full", "voco"),
+  *("avgpool", "qformer", "blind"),
+)
+_NAME = re.compile(
+  "(full_voco(?!_v[0-9])|voco_full|upper|lower|full|voco|avgpool|qformer|blind)"
+  "(?:_(.+))?"
+)
+# Fields of files, with their types, and those that a file may lack.
+_EVALUATION = {
+  "name": str,
+  "checkpoint": str,
+  "split": str,
+  "accuracy": float,
+  "by_category": dict,
+  "provenance": dict,
+}
+_COUNTS = {"correct": float, "total": float}
+_BENCHMARK = {
+  "benchmark": str,
+  "scores": dict,
+  "checkpoint": str,
+  "settings": dict,
+  "provenance": dict,
+  "config": dict,
+}
+_CONFIG = {
+  "": {"name": str, "seed": int, "model": dict, "data": dict}
+  | {"evaluation": dict},
+  "model": {"compressor": dict, "vision": dict},
+  "model.compressor": {"name": str, "num_voco_tokens": int},
+  "model.vision": {"image_size": int},
+  "data": {"source": str},
+}
+_CONFIG_MAY = {
+  "": {"init_from": (str, type(None)), "training": dict},
+  "model.compressor": {"train_num_voco_tokens": str},
+  "data": {"grid_size": int, "path": str},
+  "evaluation": {"max_records": (int, type(None))},
+  "training": {
+    "distill_weight": (float, type(None)),
+    "teacher": (str, type(None)),
+  },
+}
 # Settings that make no other model: where things lie, how they are computed or
 # logged, and what is read for itself.
 _ASIDE = (
@@ -67,7 +108,7 @@ class Result:
   scores: Mapping[str, float]
   config: Mapping[str, Any]
   settings: Mapping[str, str]
-  provenance: Mapping[str, Any]
+  provenance: Mapping[str, str]
   mean_k: float | None = None
 
   @property
@@ -101,8 +142,8 @@ class Result:
   def distillation(self) -> tuple[float, str]:
     """Weight of distillation in the loss, and the teacher's name, if any."""
     training = self.config.get("training", {})
-    weight = float(training.get("distill_weight", 0.0))
-    teacher = pathlib.PurePath(training.get("teacher", ""))
+    weight = float(training.get("distill_weight") or 0.0)
+    teacher = pathlib.PurePath(training.get("teacher") or "")
     return weight, teacher.name if weight else ""
 
 
@@ -114,45 +155,55 @@ def collect(folder: pathlib.Path) -> list[Result]:
   """
   if not folder.is_dir():
     raise UserError(
-      f"{folder}: no such folder; name one that holds workdirs of vocojax.train"
+      folder,
+      "no such folder",
+      "one that holds workdirs of vocojax.train",
+      "correct the path",
     )
   evaluations = sorted(folder.glob("**/evaluation/*.json"))
   benchmarks = sorted(folder.glob("**/benchmarks/**/result.json"))
-  results = [_evaluation(path) for path in evaluations]
-  results += [_benchmark(path) for path in benchmarks]
+  results = [_read(path, _evaluation) for path in evaluations]
+  results += [_read(path, _benchmark) for path in benchmarks]
   if not results:
     raise UserError(
-      f"{folder}: no results in it; `python -m vocojax.evaluate "
-      "--checkpoint=WORKDIR/PHASE` makes some"
+      folder,
+      "no results in it",
+      "some of vocojax.evaluate",
+      "run `python -m vocojax.evaluate --checkpoint=WORKDIR/PHASE` first",
     )
   return results
 
 
-def read_object(
-  path: pathlib.Path, keys: Iterable[str], remedy: str
-) -> dict[str, Any]:
-  """A JSON object with these keys.
-
-  Raises:
-    UserError: the file is something else, or cannot be read.
-  """
+def _read(
+  path: pathlib.Path, reader: Callable[[pathlib.Path], Result]
+) -> Result:
   try:
-    return with_fields(str(path), read_json(path, dict, remedy), keys, remedy)
-  except OSError as e:
-    raise UserError(f"{path}: cannot be read ({e.strerror}); {remedy}") from e
+    return reader(path)
+  except RecursionError as e:
+    raise UserError(
+      path,
+      "lists or objects nested too deep in it or its config.json",
+      "a result",
+      "move the file away",
+    ) from e
 
 
 def _evaluation(path: pathlib.Path) -> Result:
-  remedy = "evaluate that checkpoint again, or move the file away"
-  found = read_object(path, _EVALUATION, remedy)
-  written = pathlib.Path(found["checkpoint"]).parents[1]
+  with files.remedy("evaluate that checkpoint again, or move the file away"):
+    found = files.read_json(path, dict, UserError)
+    optional = {"mean_k": (float, type(None))}
+    files.check_fields(found, path, _EVALUATION, UserError, optional)
+    categories = {}
+    for name, counts in found["by_category"].items():
+      where = f"{path}: by_category: {shorten(name)}"
+      files.check_fields(counts, where, _COUNTS, UserError)
+      if counts["total"] <= 0:
+        raise UserError(where, f"total {counts['total']}", "more than 0")
+      categories[name] = 100 * counts["correct"] / counts["total"]
+    written = _phase(path, found["checkpoint"])
   phase = path.parents[1] / written.name
-  config = _read_config(phase / "config.json")
-  method, use = _split(path, found["name"], remedy)
-  categories = {
-    name: 100 * counts["correct"] / counts["total"]
-    for name, counts in found["by_category"].items()
-  }
+  config = read_config(phase / "config.json")
+  method, use = _split(path, found["name"], config)
   return Result(
     path,
     path.parents[1],
@@ -163,20 +214,28 @@ def _evaluation(path: pathlib.Path) -> Result:
     {"": 100 * found["accuracy"], **categories},
     config,
     _settings(config, phase, written),
-    {**found["provenance"], "checkpoint": found["checkpoint"]},
+    _provenance(found),
     found.get("mean_k"),
   )
 
 
 def _benchmark(path: pathlib.Path) -> Result:
-  remedy = "run that benchmark again, or move the file away"
-  found = read_object(path, _BENCHMARK, remedy)
-  config = with_fields(f"{path}: config", found["config"], _CONFIG, remedy)
-  used = with_fields(f"{path}: settings", found["settings"], ["name"], remedy)
+  with files.remedy("run that benchmark again, or move the file away"):
+    found = files.read_json(path, dict, UserError)
+    files.check_fields(found, path, _BENCHMARK, UserError, {"headline": str})
+    used = files.check_fields(
+      found["settings"], f"{path}: settings", {"name": str}, UserError
+    )
+    kinds = dict.fromkeys(found["scores"], float)
+    scores = files.check_fields(
+      found["scores"], f"{path}: scores", kinds, UserError
+    )
+    if found.get("headline"):
+      scores[""] = files.get_field(found, "value", float, path, UserError)
+    config = _check_config(found["config"], f"{path}: config")
+    written = _phase(path, found["checkpoint"])
+    method, use = _split(path, used["name"], config)
   workdir = next(p for p in path.parents if p.name == "benchmarks").parent
-  written = pathlib.Path(found["checkpoint"]).parents[1]
-  method, use = _split(path, used["name"], remedy)
-  headline = {"": found["value"]} if found["headline"] else {}
   return Result(
     path,
     workdir,
@@ -184,26 +243,66 @@ def _benchmark(path: pathlib.Path) -> Result:
     use,
     found["benchmark"],
     True,
-    {**headline, **found["scores"]},
+    scores,
     config,
     _settings(config, workdir / written.name, written),
-    {**found["provenance"], "checkpoint": found["checkpoint"]},
+    _provenance(found),
   )
 
 
-def _split(path: pathlib.Path, name: str, remedy: str) -> tuple[str, str]:
-  for method in METHODS:
-    if name == method or name.startswith(f"{method}_"):
-      return method, name[len(method) + 1 :]
-  raise UserError(
-    f"{path}: name {name!r}, expected one that begins with one of "
-    f"{', '.join(METHODS)}; {remedy}"
-  )
+def _provenance(found: Mapping[str, Any]) -> dict[str, str]:
+  values = {key: str(value) for key, value in found["provenance"].items()}
+  return values | {"checkpoint": found["checkpoint"]}
 
 
-def _read_config(path: pathlib.Path) -> dict[str, Any]:
-  remedy = "training writes it beside the checkpoints; copy it with the results"
-  return read_object(path, _CONFIG, remedy)
+def _phase(path: pathlib.Path, checkpoint: str) -> pathlib.Path:
+  """Folder of the phase, where it was, of a path of a checkpoint."""
+  parents = pathlib.Path(checkpoint).parents
+  if len(parents) < 2 or not parents[1].name:
+    raise UserError(
+      f"{path}: checkpoint", shorten(checkpoint), "PHASE/checkpoints/STEP"
+    )
+  return parents[1]
+
+
+def _split(
+  path: pathlib.Path, name: str, config: Mapping[str, Any]
+) -> tuple[str, str]:
+  """Method and use of a result by its name and the config of its phase."""
+  match = _NAME.fullmatch(name)
+  if not match:
+    raise UserError(
+      f"{path}: name",
+      shorten(name),
+      f"one that begins with one of {', '.join(METHODS)}",
+      "move the file away",
+    )
+  method, use = match[1], match[2] or ""
+  if method == "lower" and config["model"]["compressor"]["name"] == "full":
+    method = "full_voco"  # as it was called before there was `voco_causal`
+  return method, use
+
+
+def read_config(path: pathlib.Path) -> dict[str, Any]:
+  """The config.json of a phase, with the keys that tables need.
+
+  Raises:
+    UserError: it cannot be used.
+  """
+  words = "copy it from beside the checkpoints, where training writes it"
+  with files.remedy(words):
+    return _check_config(files.read_json(path, dict, UserError), path)
+
+
+def _check_config(config: dict[str, Any], where: Any) -> dict[str, Any]:
+  for group in {**_CONFIG, **_CONFIG_MAY}:
+    found: Any = config
+    for name in filter(None, group.split(".")):
+      found = found.get(name, {})
+    name = f"{where}: {group}" if group else where
+    needed, optional = _CONFIG.get(group, {}), _CONFIG_MAY.get(group)
+    files.check_fields(found, name, needed, UserError, optional)
+  return config
 
 
 def _data_set(config: Mapping[str, Any], split: str) -> str:
@@ -211,9 +310,10 @@ def _data_set(config: Mapping[str, Any], split: str) -> str:
   data = config["data"]
   name = data["source"]
   if name == "grid_vqa":
-    name += f" {data['grid_size']}x{data['grid_size']}"
+    size = data.get("grid_size", "?")
+    name += f" {size}x{size}"
   elif name == "llava_json":
-    name = pathlib.PurePath(data["path"]).name
+    name = pathlib.PurePath(data.get("path", "")).name or name
   if split != "test":
     name += f", {split}"
   if first := config["evaluation"].get("max_records"):
@@ -222,7 +322,10 @@ def _data_set(config: Mapping[str, Any], split: str) -> str:
 
 
 def _settings(
-  config: Mapping[str, Any], phase: pathlib.Path, written: pathlib.Path
+  config: Mapping[str, Any],
+  phase: pathlib.Path,
+  written: pathlib.Path,
+  after: tuple[pathlib.Path, ...] = (),
 ) -> dict[str, str]:
   """Keys of a phase and of those it started from, as 'PHASE.KEY': JSON.
 
@@ -231,6 +334,7 @@ def _settings(
     phase: its folder.
     written: where that folder was when config.init_from was written. The phase
       before lies in the same direction now, or is not looked for.
+    after: folders of phases that started from this one; not read again.
   """
   compressor = config["model"]["compressor"]["name"]
   aside = _ASIDE
@@ -243,26 +347,31 @@ def _settings(
     for key, value in _flat(config)
     if not key.startswith(aside)
   }
-  settings = _of_origin(config.get("init_from"), phase, written) | settings
+  after = (*after, phase)
+  origin = config.get("init_from")
+  settings = _of_origin(origin, phase, written, after) | settings
   training = config.get("training", {})
   if training.get("distill_weight"):
-    taught = _of_origin(training.get("teacher"), phase, written)
+    taught = _of_origin(training.get("teacher"), phase, written, after)
     settings |= {f"teacher's {key}": value for key, value in taught.items()}
   return settings
 
 
 def _of_origin(
-  origin: str | None, phase: pathlib.Path, written: pathlib.Path
+  origin: str | None,
+  phase: pathlib.Path,
+  written: pathlib.Path,
+  after: tuple[pathlib.Path, ...],
 ) -> dict[str, str]:
   """Settings of a phase that another started from, if it is still there."""
   if not origin:
     return {}
   way = os.path.relpath(origin, written)
   before = pathlib.Path(os.path.normpath(phase / way))
-  if not (before / "config.json").is_file():
+  if before in after or not os.path.isfile(before / "config.json"):
     return {}
-  first = _read_config(before / "config.json")
-  return _settings(first, before, pathlib.Path(origin))
+  first = read_config(before / "config.json")
+  return _settings(first, before, pathlib.Path(origin), after)
 
 
 def _flat(config: Mapping[str, Any], prefix="") -> Iterator[tuple[str, Any]]:

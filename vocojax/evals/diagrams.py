@@ -15,7 +15,7 @@ from jaxtyping import Bool
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 
-from vocojax.evals.plots import new_figure
+from vocojax.evals.plots import new_figure, save
 from vocojax.models import masks
 
 _Number = int | float
@@ -115,7 +115,7 @@ def draw_mask(
     fontsize=11,
     handleheight=1.4,
   )
-  figure.savefig(path)
+  save(figure, path)
 
 
 def draw_two_streams(path: pathlib.Path) -> None:
@@ -154,7 +154,7 @@ def draw_two_streams(path: pathlib.Path) -> None:
   _note(axis, 73.5, 16.5, "all that text sees of it", "left")
   _arrow(axis, (78, 9), (end - 12, 9))
   _box(axis, end - 12, 5, 12, 8, "answer", "#e5e7eb")
-  figure.savefig(path)
+  save(figure, path)
 
 
 _heading = {"fontsize": 12, "fontweight": "bold", "va": "center"}

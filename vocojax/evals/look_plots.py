@@ -85,7 +85,7 @@ def probe_bars(scores: Mapping[str, Score], path: pathlib.Path) -> None:
     ncols=len(_KINDS),
     frameon=False,
   )
-  figure.savefig(path)
+  plots.save(figure, path)
 
 
 def _place(text: str) -> str:

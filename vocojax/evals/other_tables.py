@@ -7,17 +7,21 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from vocojax.core import files
 from vocojax.errors import UserError
 from vocojax.evals import markdown, paper, rows
-from vocojax.evals.benchmarks.files import with_fields
-from vocojax.evals.collect import Result, read_object
+from vocojax.evals.collect import Result
 
 _WAYS = {"none": "no cache", "full": "full cache", "voco": "VoCo cache"}
-_EFFICIENCY = (
-  "size way text_length answer_length cached_tokens cached_bytes operations"
-).split()
-
-
+_EFFICIENCY = {
+  "size": str,
+  "way": str,
+  "text_length": int,
+  "answer_length": int,
+  "cached_tokens": int,
+  "cached_bytes": float,
+  "operations": float,
+}
 _REMEDY = "run `python -m benchmarks.efficiency --json=FILE` again"
 
 
@@ -28,9 +32,17 @@ def read_efficiency(folder: pathlib.Path) -> list[dict[str, Any]]:
     UserError: one of them cannot be used.
   """
   found = []
-  for path in sorted(folder.glob("**/efficiency.json")):
-    for i, row in enumerate(read_object(path, ["rows"], _REMEDY)["rows"]):
-      found.append(with_fields(f"{path}: rows[{i}]", row, _EFFICIENCY, _REMEDY))
+  with files.remedy(_REMEDY):
+    for path in sorted(folder.glob("**/efficiency.json")):
+      content = files.read_json(path, dict, UserError)
+      listed = files.get_field(content, "rows", list, path, UserError)
+      optional = {"seconds": (float, type(None))}
+      found += [
+        files.check_fields(
+          row, f"{path}: rows[{i}]", _EFFICIENCY, UserError, optional
+        )
+        for i, row in enumerate(listed)
+      ]
   return found
 
 
@@ -54,8 +66,10 @@ def efficiency(measured: list[dict[str, Any]]) -> str:
   for name, ways in groups.items():
     if lacking := [way for way in _WAYS if way not in ways]:
       raise UserError(
-        f"efficiency.json: {name}: lacks way {lacking[0]!r}, expected "
-        f"{', '.join(_WAYS)}; {_REMEDY}"
+        f"efficiency.json: {name}",
+        f"no row of way {lacking[0]!r}",
+        f"one of each of {', '.join(_WAYS)}",
+        _REMEDY,
       )
   lines = [line for name, ways in groups.items() for line in _costs(name, ways)]
   header = ("model", "way", "cached tokens", "cache, MB", "ms", "TFLOP")
@@ -92,7 +106,7 @@ def _costs(name: str, ways: Mapping[str, tuple]) -> Iterator[tuple]:
 
 
 def _saved(part: float, whole: float) -> str:
-  return f" ({100 * (1 - part / whole):.1f} %)" if part < whole else ""
+  return f" ({100 * (1 - part / whole):.1f} %)" if 0 <= part < whole else ""
 
 
 def video(results: Iterable[Result]) -> str:

@@ -6,6 +6,7 @@ Letters: K VoCo tokens, N patches, L layers, H heads, S image side, n images.
 """
 
 import dataclasses
+import io
 import math
 import pathlib
 import textwrap
@@ -16,6 +17,7 @@ from jaxtyping import Float32, UInt8
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from vocojax.core.files import write_atomic
 from vocojax.errors import UserError
 
 WIDTH = 9.0  # inches
@@ -43,6 +45,17 @@ def new_figure(height: float, gap: float = 0.02) -> Figure:
   """
   layout = ConstrainedLayoutEngine(hspace=gap)
   return Figure(figsize=(WIDTH, height), dpi=DPI, layout=layout)
+
+
+def save(figure: Figure, path: pathlib.Path) -> None:
+  """Writes a figure as PNG, whole or not at all.
+
+  Raises:
+    UserError: there is no room for it, or it cannot be written there.
+  """
+  content = io.BytesIO()
+  figure.savefig(content, format="png")
+  write_atomic(path, content.getvalue())
 
 
 def curves(phases: Mapping[str, Sequence[Mapping]], path: pathlib.Path) -> None:
@@ -77,7 +90,7 @@ def curves(phases: Mapping[str, Sequence[Mapping]], path: pathlib.Path) -> None:
   axes[0, 0].set_ylabel("loss (nats a token)")
   axes[1, 0].set_ylabel("accuracy in training (%)")
   axes[1, -1].legend(loc="lower right", frameon=False)
-  figure.savefig(path)
+  save(figure, path)
 
 
 def sample_grid(samples: Sequence[Sample], path: pathlib.Path) -> None:
@@ -115,7 +128,7 @@ def sample_grid(samples: Sequence[Sample], path: pathlib.Path) -> None:
       color=GREEN if sample.correct else RED,
       parse_math=False,
     )
-  figure.savefig(path)
+  save(figure, path)
 
 
 def attention_maps(
@@ -170,8 +183,10 @@ def heat_maps(
   side = math.isqrt(num_patches)
   if side * side != num_patches:
     raise UserError(
-      f"attention map: found {num_patches} patches, expected a square number; "
-      "evaluate again to rewrite attention.npz"
+      "attention map",
+      f"{num_patches} patches",
+      "a square number",
+      "evaluate again to rewrite attention.npz",
     )
   n, width = len(images), len(columns) + 1
   figure = new_figure(n * (WIDTH / width + 0.3) + 0.2)
@@ -207,7 +222,7 @@ def heat_maps(
       axis.set_title(title, fontsize=10)
   for axis in axes.ravel():
     axis.set_axis_off()
-  figure.savefig(path)
+  save(figure, path)
 
 
 def score_bars(
@@ -236,7 +251,7 @@ def score_bars(
   axis.spines[["top", "right"]].set_visible(False)
   if kept is not None:
     axis.set_title(f"retention {kept:.1f} %", fontweight="bold")
-  figure.savefig(path)
+  save(figure, path)
 
 
 def _verdict(sample: Sample) -> str:

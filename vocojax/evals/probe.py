@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Float32, Float64, UInt8
 from vocojax.config import Config
 from vocojax.data import pipeline
 from vocojax.data.sources import Record, Source
+from vocojax.errors import DataError
 from vocojax.models import layers
 from vocojax.models.vlm import VisionLanguageModel
 
@@ -96,7 +97,8 @@ def read(
   """State and labels of the first `limit` records, of the first image each.
 
   Raises:
-    DataError: a record is bad, and the config says to stop.
+    DataError: a record is bad, and the config says to stop; or none has an
+      image.
   """
 
   @jax.jit
@@ -132,6 +134,13 @@ def read(
       voco.append(np.concatenate([keys, values], axis=1, dtype=np.float32))
       patch.append(np.asarray(mean, np.float32))
       labels += [known for _, known in batch]
+  if not voco:
+    raise DataError(
+      f"config.data.source={config.data.source}",
+      "no record with an image",
+      "some to fit a probe to",
+      "name images with --images, which are looked at without a probe",
+    )
   return Read(np.concatenate(voco), np.concatenate(patch), labels)
 
 

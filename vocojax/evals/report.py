@@ -8,7 +8,8 @@ plots.py for the pictures, retention.py for the percentage.
 import collections
 import dataclasses
 import datetime
-import json
+import math
+import os
 import pathlib
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -18,23 +19,49 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from vocojax.config import Config
-from vocojax.errors import UserError
+from vocojax.core import files, lock
+from vocojax.errors import UserError, shorten
 from vocojax.evals import markdown, plots
 from vocojax.evals.retention import retention
 
 MAX_SAMPLES = 12  # panels of the grid of answers
 MAX_WRONG = 4  # of these, wrong answers, where there are any
 MAX_ATTENTION = 4  # images of the attention picture
+_MOST_PACKED = 10  # bytes of its arrays to a byte of a file
 BYTES = {"float32": 4, "bfloat16": 2}
 # Keys that the files must have, as the report uses them.
-_METRICS = (
-  "step loss token_accuracy answer_accuracy images_per_second bad_records time"
-)
-_RESULT = (
-  "title phase step checkpoint split accuracy correct total seconds "
-  "by_category provenance"
-)
-_PREDICTION = "record_id question answer prediction category"
+_NUMBER = (float, type(None))  # null where it is no finite number
+_METRICS = {
+  "step": int,
+  "loss": _NUMBER,
+  "token_accuracy": _NUMBER,
+  "answer_accuracy": _NUMBER,
+  "images_per_second": float,
+  "bad_records": int,
+  "time": float,
+}
+_RESULT = {
+  "title": str,
+  "phase": str,
+  "step": int,
+  "checkpoint": str,
+  "split": str,
+  "accuracy": float,
+  "correct": int,
+  "total": int,
+  "seconds": float,
+  "by_category": dict,
+  "provenance": dict,
+}
+_COUNTS = {"correct": int, "total": int}
+_PREDICTION = {
+  "record_id": (str, int),
+  "question": str,
+  "answer": str,
+  "prediction": str,
+  "category": str,
+}
+_AGAIN = "run `python -m vocojax.evaluate` on this workdir again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,36 +78,45 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
 
   Needs evaluation/voco.json, voco.predictions.jsonl, attention.npz, and
   config.json and metrics.jsonl of the phase that voco.json names. Without
-  evaluation/full.json or lower.json, what needs them is left out.
+  bounds, which are upper.json and lower.json, what needs them is left out;
+  full.json is a further row.
 
   Raises:
-    UserError: a file is missing, cannot be read or contradicts another.
+    UserError: a file is missing, cannot be read or contradicts another, or
+      there is no room.
   """
+  # Evaluations of one workdir may end at the same time.
+  with lock.held(workdir, "report", wait_seconds=60.0):
+    return _write_report(workdir)
+
+
+def _write_report(workdir: pathlib.Path) -> pathlib.Path:
   evaluation = workdir / "evaluation"
   results = {
     name: _read_result(evaluation / f"{name}.json")
-    for name in ("lower", "voco", "full")
+    for name in ("lower", "voco", "upper", "full_voco", "full")
     if name == "voco" or (evaluation / f"{name}.json").exists()
   }
   voco = results["voco"]
   predictions = _read_predictions(evaluation / "voco.predictions.jsonl", voco)
   attention = _read_attention(evaluation / "attention.npz")
   config_file = workdir / voco["phase"] / "config.json"
-  config_text = _read_text(config_file)
-  _parse(config_file, config_text, ())
-  config = Config.from_json(config_text, str(config_file))
+  config = Config.from_json(
+    files.read_text(config_file, UserError), str(config_file)
+  )
   metrics = _read_phases(workdir, voco["phase"])
 
   pictures = workdir / "report"
-  try:
+  with files.storage(pictures):
     pictures.mkdir(exist_ok=True)
-  except OSError as e:
-    raise UserError(f"{pictures}: cannot be made ({e}); free the path") from e
   plots.curves(metrics, pictures / "curves.png")
   samples = choose_samples(predictions, attention.record_ids)
   if not samples:
-    raise _broken(
-      evaluation / "attention.npz", "no prediction is about its records"
+    raise UserError(
+      evaluation / "attention.npz",
+      "records that no prediction is about",
+      "those of voco.predictions.jsonl",
+      _AGAIN,
     )
   _draw_samples(samples, attention, pictures / "answers.png")
   shown = slice(MAX_ATTENTION)
@@ -102,7 +138,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     _provenance(config_file.relative_to(workdir), voco),
   ]
   path = workdir / "report.md"
-  path.write_text("\n\n".join(sections) + "\n")
+  files.write_atomic(path, "\n\n".join(sections) + "\n")
   return path
 
 
@@ -190,36 +226,74 @@ def _headline(config: Config, voco) -> str:
   )
 
 
+def _bounds(results) -> tuple[str, str] | None:
+  """Names of lower and upper bound: one phase, read in two ways.
+
+  The paper's, or else those of before there was `voco_causal`, when the lower
+  bound of `full` was called `lower`.
+  """
+  for lower, upper in (
+    ("lower", "upper"),
+    ("full_voco", "full"),
+    ("lower", "full"),
+  ):
+    if (
+      lower in results
+      and upper in results
+      and results[lower]["phase"] == results[upper]["phase"]
+    ):
+      return lower, upper
+  return None
+
+
 def _scores(results, path: pathlib.Path) -> str:
+  bounds = _bounds(results)
   roles = {
-    "lower": "lower: weights of full, used as voco",
+    "lower": "lower: weights of upper, text sees VoCo tokens only",
     "voco": "voco: text sees VoCo tokens only",
-    "full": "full: text sees every patch",
+    "upper": "upper: text sees every patch and the VoCo tokens",
+    "full_voco": "full_voco: weights of full, text sees VoCo tokens only",
+    "full": "full: LLaVA, text sees every patch, no VoCo tokens",
   }
-  colors = {"lower": plots.GREY, "voco": plots.ORANGE, "full": plots.BLUE}
-  kept, note = None, ""
-  missing = [name for name in ("lower", "full") if name not in results]
-  if missing:
-    files = " and ".join(f"evaluation/{name}.json" for name in missing)
+  if bounds == ("lower", "full"):
+    roles["lower"] = roles["full_voco"].replace("full_voco:", "lower:")
+  kept, note, whose = None, "", ""
+  if bounds is None:
+    missing = [name for name in ("lower", "upper") if name not in results]
+    names = " and ".join(f"evaluation/{name}.json" for name in missing)
     note = (
-      f"No retention: {files} not found. Evaluate the bounds "
-      "(`config.evaluation.bounds`) to have it."
+      f"No retention: {names or 'bounds of one phase'} not found. Evaluate the "
+      "bounds (`config.evaluation.bounds`) to have it."
     )
   else:
-    lower, voco, full = (
-      results[name]["accuracy"] for name in ("lower", "voco", "full")
+    low, voco, high = (
+      results[name]["accuracy"] for name in (bounds[0], "voco", bounds[1])
     )
-    if full > lower:
-      kept = retention(voco, lower, full)
+    if high > low:
+      kept = retention(voco, low, high)
       note = (
-        "Retention is (voco - lower) / (full - lower): the part of what seeing "
-        "every patch is worth that survives compression."
+        f"Retention is (voco - {bounds[0]}) / ({bounds[1]} - {bounds[0]}): the "
+        "part of what seeing every patch is worth that survives compression."
       )
     else:
       note = (
-        f"No retention: the upper bound ({_percent(full)}) is not above the "
-        f"lower bound ({_percent(lower)}); the full phase needs more training."
+        f"No retention: the upper bound ({_percent(high)}) is not above the "
+        f"lower bound ({_percent(low)}); its phase needs more training."
       )
+    if bounds[1] == "full":
+      whose = " (bounds: full)"
+      note += (
+        " These bounds are not the paper's: its upper bound is a phase of "
+        "compressor `voco_causal`, and its lower bound the same weights read "
+        "as `voco`."
+      )
+  colors = {
+    "lower": plots.GREY,
+    "voco": plots.ORANGE,
+    "upper": plots.BLUE,
+    "full_voco": plots.GREY,
+    "full": plots.GREEN,
+  }
   plots.score_bars(
     [(roles[name], r["accuracy"], colors[name]) for name, r in results.items()],
     kept,
@@ -230,7 +304,7 @@ def _scores(results, path: pathlib.Path) -> str:
     for name, r in results.items()
   ]
   if kept is not None:
-    rows.append(("**retention**", "", "", f"**{kept:.1f} %**"))
+    rows.append((f"**retention**{whose}", "", "", f"**{kept:.1f} %**"))
   table = markdown.table(("model", "right", "questions", "accuracy"), rows)
   return f"## Scores\n\n{table}\n\n{note}\n\n![scores](report/{path.name})"
 
@@ -367,97 +441,85 @@ def _duration(seconds: float) -> str:
 def _read_phases(workdir: pathlib.Path, needed: str) -> dict[str, list[dict]]:
   """Metrics of every phase that has some, in the order they were run."""
   phases = {}
-  for path in {*workdir.glob("*/metrics.jsonl"), _metrics(workdir, needed)}:
-    lines = _read_lines(path, _METRICS.split())
+  needed_file = workdir / needed / "metrics.jsonl"
+  for path in {*workdir.glob("*/metrics.jsonl"), needed_file}:
+    lines = _read_lines(path, _METRICS)
     if not lines:
-      raise _broken(path, "it is empty")
+      raise UserError(path, "nothing in it", "a line for each step", _AGAIN)
     # A resumed run may log a step twice; the later line is the one that
     # counts.
-    by_step = {line["step"]: line for line in lines}
+    by_step = {
+      line["step"]: {k: math.nan if v is None else v for k, v in line.items()}
+      for line in lines
+    }
     phases[path.parent.name] = [by_step[step] for step in sorted(by_step)]
   return dict(sorted(phases.items(), key=lambda item: item[1][0]["time"]))
 
 
-def _metrics(workdir: pathlib.Path, phase: str) -> pathlib.Path:
-  return workdir / phase / "metrics.jsonl"
-
-
 def _read_result(path: pathlib.Path) -> dict[str, Any]:
-  result = _parse(path, _read_text(path), _RESULT.split())
-  if not result["total"]:
-    raise _broken(path, "it holds no question")
+  with files.remedy(_AGAIN):
+    result = files.read_json(path, dict, UserError)
+    files.check_fields(result, path, _RESULT, UserError)
+    if result["total"] <= 0:
+      raise UserError(f"{path}: total", str(result["total"]), "questions")
+    # It becomes a path.
+    files.file_name(result["phase"], f"{path}: phase", UserError)
+    for name, counts in result["by_category"].items():
+      where = f"{path}: by_category: {shorten(name)}"
+      files.check_fields(counts, where, _COUNTS, UserError)
   return result
 
 
 def _read_predictions(path: pathlib.Path, result) -> list[dict[str, Any]]:
-  predictions = _read_lines(path, _PREDICTION.split())
+  predictions = _read_lines(path, _PREDICTION)
   found = sum(map(is_correct, predictions)), len(predictions)
   if found != (result["correct"], result["total"]):
-    raise _broken(
+    raise UserError(
       path,
-      f"it has {found[0]} right of {found[1]}, voco.json has "
-      f"{result['correct']} of {result['total']}",
+      f"{found[0]} right of {found[1]}",
+      f"{result['correct']} of {result['total']}, as in voco.json",
+      _AGAIN,
     )
   return predictions
 
 
 def _read_attention(path: pathlib.Path) -> _Attention:
   try:
-    with np.load(path, allow_pickle=False) as arrays:
-      images, attention = arrays["images"], arrays["attention"]
-      record_ids = [str(x) for x in arrays["record_ids"]]
-  except FileNotFoundError as e:
-    raise _missing(path) from e
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-    raise _broken(path, str(e)) from e
-  lengths = {len(images), len(attention), len(record_ids)}
-  if lengths in ({0}, set()) or len(lengths) > 1:
-    raise _broken(path, f"its arrays have {sorted(lengths)} entries")
-  if images.ndim != 4 or attention.ndim != 5:
-    raise _broken(
-      path, f"shapes {images.shape}, {attention.shape} are not 4-D and 5-D"
-    )
-  return _Attention(images, attention.astype(np.float32), record_ids)
+    with files.open_regular(path, UserError) as file:
+      with zipfile.ZipFile(file) as archive:
+        unpacked = sum(x.file_size for x in archive.infolist())
+        if unpacked > _MOST_PACKED * os.fstat(file.fileno()).st_size:
+          raise ValueError(f"{unpacked:,} bytes, packed")
+      file.seek(0)
+      with np.load(file, allow_pickle=False) as arrays:
+        images, attention = arrays["images"], arrays["attention"]
+        record_ids = [str(x) for x in arrays["record_ids"]]
+    shapes = f"{images.dtype} {images.shape}, {attention.dtype} "
+    shapes += f"{attention.shape}, {len(record_ids)} records"
+    n = len(record_ids)
+    if (
+      not n
+      or (images.dtype, images.ndim, images.shape[-1]) != (np.uint8, 4, 3)
+      or (attention.dtype.kind, attention.ndim) != ("f", 5)
+      or (len(images), len(attention)) != (n, n)
+      or not (images.size and attention.size)
+    ):
+      raise ValueError(f"arrays {shapes}")
+    return _Attention(images, attention.astype(np.float32), record_ids)
+  except UserError:
+    raise
+  # NumPy raises nearly anything on a damaged file.
+  except Exception as e:
+    raise UserError(
+      path, str(e) or type(e).__name__, "images with attention", _AGAIN
+    ) from e
 
 
-def _read_lines(path: pathlib.Path, keys: Sequence[str]) -> list[dict]:
-  lines = _read_text(path).splitlines()
-  return [
-    _parse(f"{path}, line {i}", line, keys) for i, line in enumerate(lines, 1)
-  ]
-
-
-def _parse(where, text: str, keys: Sequence[str]) -> dict[str, Any]:
-  try:
-    value = json.loads(text)
-  except json.JSONDecodeError as e:
-    raise _broken(where, f"not JSON: {e}") from e
-  if not isinstance(value, dict):
-    raise _broken(where, f"found {value!r:.40}, expected an object")
-  missing = [key for key in keys if key not in value]
-  if missing:
-    raise _broken(where, f"without {', '.join(missing)}")
-  return value
-
-
-def _read_text(path: pathlib.Path) -> str:
-  try:
-    return path.read_text()
-  except FileNotFoundError as e:
-    raise _missing(path) from e
-  except (OSError, UnicodeDecodeError) as e:
-    raise _broken(path, str(e)) from e
-
-
-def _missing(path) -> UserError:
-  return UserError(
-    f"{path}: not found, and the report needs it; run training or "
-    "`python -m vocojax.evaluate` on this workdir first"
-  )
-
-
-def _broken(where, why: str) -> UserError:
-  return UserError(
-    f"{where}: cannot be used for a report ({why}); run `python -m "
-    "vocojax.evaluate` on this workdir again"
-  )
+def _read_lines(
+  path: pathlib.Path, fields: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+  with files.remedy(_AGAIN):
+    return [
+      files.check_fields(line, where, fields, UserError)
+      for where, line in files.read_json_lines(path, dict, UserError, nan=True)
+    ]

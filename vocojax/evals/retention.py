@@ -2,8 +2,9 @@
 
 A score alone does not tell how good a compression is: the benchmark may be
 easy without the image. Retention places the score between two bounds that are
-runs of the same model: text that sees every patch, and the same weights with
-the image hidden behind VoCo tokens they were never trained to fill.
+runs of the same model: text that sees every patch and the VoCo tokens, and the
+same weights with the patches hidden behind VoCo tokens they were never trained
+to fill (VoCo-LLaMA paper, section 4.2).
 """
 
 import math
@@ -24,13 +25,17 @@ def retention(result: float, lower: float, upper: float) -> float:
   for name, score in (("result", result), ("lower", lower), ("upper", upper)):
     if not math.isfinite(score):
       raise UserError(
-        f"retention: the {name} score is {score}, expected a finite number; "
-        "evaluate that model again"
+        f"retention: {name} score",
+        str(score),
+        "a finite number",
+        "evaluate that model again",
       )
   if upper == lower:
     raise UserError(
-      f"retention: lower and upper bound are both {upper}, expected two "
-      "numbers; train the upper bound further"
+      "retention: bounds",
+      f"{upper} twice",
+      "two numbers",
+      "train the upper bound further",
     )
   return 100 * (result - lower) / (upper - lower)
 
@@ -46,6 +51,6 @@ def average_retention(scores: Iterable[tuple[float, float, float]]) -> float:
   values = [retention(*triple) for triple in scores]
   if not values:
     raise UserError(
-      "retention: found no benchmark to average, expected at least one"
+      "retention", "no benchmark", "at least one", "evaluate on one first"
     )
   return sum(values) / len(values)

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import pathlib
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from vocojax.evals import intervals
 from vocojax.evals.collect import Result
@@ -18,14 +18,19 @@ from vocojax.evals.retention import retention
 
 # Methods in the order of rows, as tables call them.
 LABELS = {
-  "full": "upper bound",
+  "upper": "upper bound",
+  "full": "LLaVA, all patches",
   "voco_full": "VoCo weights, all patches",
   "voco": "VoCo",
   "avgpool": "avg-pool",
   "qformer": "Q-Former",
   "blind": "blind, no image",
+  "full_voco": "LLaVA's weights under the VoCo mask",
   "lower": "lower bound",
 }
+# Lower and upper bound: the paper's, and, under their label, what was taken for
+# them before there was the compressor `voco_causal`.
+BOUNDS = {"": ("lower", "upper"), "full": ("full_voco", "full")}
 NO_BOUNDS = "no bounds"
 MANY_BOUNDS = "several bounds"
 NO_ROOM = "upper bound not above lower"
@@ -49,12 +54,14 @@ class Cell:
     seeds: the score of each seed.
     retention: in percent, of each seed that has both bounds.
     why: why there is no retention; '' where there is.
+    bounds: labels of the `BOUNDS` that retention is of.
   """
 
   score: intervals.Mean
   seeds: Mapping[int, float]
   retention: Mapping[int, float]
   why: str = ""
+  bounds: frozenset[str] = frozenset()
 
   @property
   def mean_retention(self) -> intervals.Mean:
@@ -98,6 +105,18 @@ class Row:
     means = [statistics.fmean(x[seed] for x in kept) for seed in sorted(seeds)]
     return intervals.mean(means), len(kept)
 
+  def bounds(self, columns: Iterable[str]) -> frozenset[str]:
+    """Labels of the `BOUNDS` of all columns together."""
+    cells = [self.cells[c] for c in columns if c in self.cells]
+    return frozenset().union(*(cell.bounds for cell in cells))
+
+
+def whose(bounds: Collection[str]) -> str:
+  """What stands behind a retention that is not between the paper's bounds."""
+  names = ", ".join(sorted(filter(None, bounds)))
+  part = " in part" if "" in bounds else ""
+  return f" (bounds: {names}{part})" if names else ""
+
 
 def headlines(results: Iterable[Result]) -> list[Score]:
   """Of each result its main score, in a column of its data set."""
@@ -109,7 +128,7 @@ def label(result: Result) -> str:
   text, k = LABELS[result.method], result.num_voco_tokens
   if result.method in ("voco", "avgpool", "qformer"):
     text += f"-{k}"
-  elif result.method == "lower" and k != 1:
+  elif result.method in ("upper", "lower", "full_voco") and k != 1:
     text += f", k = {k}"
   if result.method == "voco" and result.is_elastic:
     text += " elastic"
@@ -209,10 +228,10 @@ def _apart(
 def _cell(group: list[Score], bounds: "_Bounds") -> Cell:
   values = collections.defaultdict(list)
   kept = collections.defaultdict(list)
-  why = ""
+  why, labels = "", set()
   for score in group:
     values[score.result.seed].append(score.value)
-    lowers, uppers = bounds.of(score)
+    whose, lowers, uppers = bounds.of(score)
     if not lowers or not uppers:
       why = NO_BOUNDS
       continue
@@ -224,15 +243,19 @@ def _cell(group: list[Score], bounds: "_Bounds") -> Cell:
       why = NO_ROOM
     else:
       kept[score.result.seed].append(retention(score.value, lower, upper))
+      labels.add(whose)
   # Runs with the same seed as well are one run that was made again.
   seeds = {seed: statistics.fmean(x) for seed, x in sorted(values.items())}
   by_seed = {seed: statistics.fmean(x) for seed, x in sorted(kept.items())}
   mean = intervals.mean(list(seeds.values()))
-  return Cell(mean, seeds, by_seed, "" if by_seed else why)
+  return Cell(mean, seeds, by_seed, "" if by_seed else why, frozenset(labels))
 
 
 class _Bounds:
-  """Bounds of a score: of its workdir, or else the nearest with its seed."""
+  """Bounds of a score: of its workdir, or else the nearest with its seed.
+
+  Of those that are equally near, the paper's.
+  """
 
   def __init__(self, scores: Iterable[Score]):
     self._known: dict[tuple, list[Score]] = collections.defaultdict(list)
@@ -241,11 +264,18 @@ class _Bounds:
         key = score.result.method, score.column, score.result.seed
         self._known[key].append(score)
 
-  def of(self, score: Score) -> tuple[set[float], set[float]]:
-    """What may be the lower one, and what the upper one."""
-    return self._one("lower", score), self._one("full", score)
+  def of(self, score: Score) -> tuple[str, set[float], set[float]]:
+    """Label of the bounds, and what may be the lower and the upper one."""
+    best, chosen = -1, ("", set[float](), set[float]())
+    for name, (lower, upper) in BOUNDS.items():
+      near_lower, lowers = self._one(lower, score)
+      near_upper, uppers = self._one(upper, score)
+      if lowers and uppers and min(near_lower, near_upper) > best:
+        best, chosen = min(near_lower, near_upper), (name, lowers, uppers)
+    return chosen
 
-  def _one(self, method: str, score: Score) -> set[float]:
+  def _one(self, method: str, score: Score) -> tuple[int, set[float]]:
+    """How near the nearest are, and their scores."""
     one = score.result
     found = self._known.get((method, score.column, one.seed), [])
 
@@ -259,4 +289,4 @@ class _Bounds:
     alike = [
       s for s in found if s.result.num_voco_tokens == one.num_voco_tokens
     ]
-    return {s.value for s in alike or found}
+    return nearest, {s.value for s in alike or found}

@@ -12,20 +12,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vocojax.evals import intervals, paper
-from vocojax.evals.plots import BLUE, GREEN, GREY, ORANGE, RED, new_figure
-from vocojax.evals.rows import Row, label
+from vocojax.evals.plots import BLUE, GREEN, GREY, ORANGE, RED, new_figure, save
+from vocojax.evals.rows import Row, label, whose
 
 _PURPLE, _DARK = "#7c4dbd", "#374151"
 _COLORS = {
-  "full": BLUE,
+  "upper": BLUE,
+  "full": GREEN,
   "voco_full": BLUE,
   "voco": ORANGE,
   "avgpool": GREEN,
   "qformer": _PURPLE,
   "blind": _DARK,
+  "full_voco": GREY,
   "lower": GREY,
 }
 _LINES = (ORANGE, BLUE, GREEN, _PURPLE, RED, _DARK)
+_BOUNDS = ("upper", "lower", "full", "full_voco")
 _PAPER = "VoCo, paper (7B)"
 
 # Points of a line: x, and the row that is there.
@@ -41,7 +44,7 @@ def draw(rows: Sequence[Row], folder: pathlib.Path) -> list[str]:
   }
   drawn = {name: figure for name, figure in figures.items() if figure}
   for name, figure in drawn.items():
-    figure.savefig(folder / f"{name}.png")
+    save(figure, folder / f"{name}.png")
   return list(drawn)
 
 
@@ -109,14 +112,17 @@ def _sweep(rows: Sequence[Row]) -> Figure | None:
     float(k): intervals.Mean(a, None, 1) for k, (_, a) in paper.SWEEP.items()
   }
   _line(mean, published, _PAPER, GREY, "--")
-  mean.set_title("average retention (%)", fontsize=11)
+  bounds = frozenset[str]().union(
+    *(row.bounds(columns) for line in series.values() for row in line.values())
+  )
+  mean.set_title(f"average retention (%){whose(bounds)}", fontsize=11)
   mean.legend(fontsize=8, frameon=False)
   for axis, column in zip(axes, columns, strict=True):
     axis.set_title(
       f"{paper.BENCHMARKS.get(column, column)}, score", fontsize=11
     )
     for row in rows:
-      if row.result.method in ("full", "lower") and column in row.cells:
+      if row.result.method in _BOUNDS and column in row.cells:
         _bound(axis, row, column)
   return figure
 

@@ -10,7 +10,7 @@ import datetime
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from vocojax.errors import UserError
+from vocojax.core import files
 from vocojax.evals import markdown, other_tables, paper, rows, table_plots
 from vocojax.evals.collect import Result, collect
 from vocojax.evals.retention import retention
@@ -24,11 +24,17 @@ _NOTE = (
   "and then averaged. Rows marked 'paper' are of the 7B of arXiv 2406.12275."
 )
 _NO_BOUNDS = (
-  "Rows with 'no bounds' lack a result `full` or `lower` of their data set and "
-  "seed: train with `--config.evaluation.bounds`, or evaluate a checkpoint of "
-  "compressor `full`, as it is and with `--compressor=voco`. Those with "
-  "'several bounds' lie as near to one run with bounds as to another: put each "
-  "into one folder with its own."
+  "Rows with 'no bounds' lack a result `upper` or `lower` of their data set "
+  "and seed: train with `--config.evaluation.bounds`, or evaluate a checkpoint "
+  "of compressor `voco_causal`, as it is and with `--compressor=voco`. Those "
+  "with 'several bounds' lie as near to one run with bounds as to another: put "
+  "each into one folder with its own."
+)
+_OLD_BOUNDS = (
+  "Retention with 'bounds: full' is not the paper's: its upper bound was "
+  "trained without VoCo tokens (compressor `full`, LLaVA), and its lower bound "
+  "reads a VoCo token that those weights were never shown. Of bounds that are "
+  "equally near, the paper's are taken."
 )
 
 
@@ -52,10 +58,8 @@ def write_tables(folder: pathlib.Path) -> pathlib.Path:
   results = collect(folder)
   measured = other_tables.read_efficiency(folder)
   pictures = folder / "tables"
-  try:
+  with files.storage(pictures):
     pictures.mkdir(exist_ok=True)
-  except OSError as e:
-    raise UserError(f"{pictures}: cannot be made ({e}); free the path") from e
   small = _rows(r for r in results if not r.is_benchmark)
   large = _rows(
     r
@@ -75,7 +79,7 @@ def write_tables(folder: pathlib.Path) -> pathlib.Path:
     _sources(folder, results),
   ]
   path = folder / "tables.md"
-  path.write_text("\n\n".join(filter(None, sections)) + "\n")
+  files.write_atomic(path, "\n\n".join(filter(None, sections)) + "\n")
   return path
 
 
@@ -96,7 +100,7 @@ def _methods(small: list[Row], large: list[Row]) -> str:
   def beside(row: Row) -> _Line | None:
     result = row.result
     alike = result.num_voco_tokens == 1 and not result.distillation[0]
-    if alike or result.method in ("full", "lower"):
+    if alike or result.method in ("upper", "lower"):
       return published.get(result.method)
     return None
 
@@ -164,7 +168,7 @@ def _published(
   cells, kept = {}, []
   for column, score in zip(columns, scores, strict=True):
     i = list(paper.BENCHMARKS).index(column)
-    bounds = paper.METHODS["lower"][i], paper.METHODS["full"][i]
+    bounds = paper.METHODS["lower"][i], paper.METHODS["upper"][i]
     kept.append(retention(score, *bounds))
     cells[column] = f"{score}<br>{kept[-1]:.1f} %"
   if average is None:
@@ -179,13 +183,14 @@ def _ours(
   cells = {}
   for column in columns:
     if cell := row.cells.get(column):
-      kept = cell.why or f"{cell.mean_retention} %"
+      kept = cell.why or f"{cell.mean_retention} %{rows.whose(cell.bounds)}"
       cells[column] = f"{cell.score}<br>{kept}"
   average, count = row.average(columns)
+  bounds = row.bounds(columns)
   label = row.label
   if row.mean_k is not None:
     label += f", {row.mean_k:.1f} tokens on average"
-  text = f"{average} %" if average else "-"
+  text = f"{average} %{rows.whose(bounds)}" if average else "-"
   if average and count < len(columns):
     text += f" of {count}"
   seeds = str(len(row.seeds))
@@ -239,6 +244,10 @@ def _both(
   parts.append(_table(lines, columns, titles))
   if any(cell.why for row in small + large for cell in row.cells.values()):
     parts.append(_NO_BOUNDS)
+  if any(
+    cell.bounds - {""} for row in small + large for cell in row.cells.values()
+  ):
+    parts.append(_OLD_BOUNDS)
   return "\n\n".join(parts)
 
 
@@ -273,7 +282,7 @@ def _sources(folder: pathlib.Path, results: Iterable[Result]) -> str:
       result.data,
       str(result.seed),
       "/".join(pathlib.PurePath(result.provenance["checkpoint"]).parts[-3:]),
-      str(result.provenance.get("commit", ""))[:12],
+      result.provenance.get("commit", "")[:12],
       result.provenance.get("devices", ""),
     )
     for result in results

@@ -10,6 +10,7 @@ import zipfile
 
 import pytest
 
+from tests.fields import raises
 from vocojax.errors import DataError
 from vocojax.evals.benchmarks import mmbench
 from vocojax.evals.benchmarks.mmbench import infer
@@ -199,27 +200,39 @@ def test_mmbench_without_truths_is_handed_in_alone(folder, tmp_path):
 
 def test_mmbench_names_bad_rows(folder):
   rows = mmbench_rows()
-  for bad, words in [
-    ([rows[0], rows[0]], r"tsv:3: id '1' a second time"),
-    ([rows[0][:5]], r"tsv:2: not 14 cells"),
-    ([(*rows[0], "more")], r"tsv:2: not 14 cells"),
-    ([rows[0], (*rows[4][:7], "", *rows[4][8:])], "no answer .* of index 2,"),
-    ([rows[1]], "rotation 1000001 of a question that is not there"),
-    ([("x", *rows[0][1:])], "index 'x', expected a number"),
+  without_answer = (*rows[4][:7], "", *rows[4][8:])
+  for bad, where, got in [
+    ([rows[0], rows[0]], "tsv:3", "id '1' a second time"),
+    ([rows[0][:5]], "tsv:2", "another number of cells"),
+    ([(*rows[0], "more")], "tsv:2", "another number of cells"),
+    ([rows[0], without_answer], "tsv", "no answer in the row of index 2"),
+    ([rows[1]], "tsv", "rotation 1000001 of a question that is not there"),
+    ([("x", *rows[0][1:])], "tsv:2: column index", "'x'"),
+    ([("9" * 5000, *rows[0][1:])], "tsv:2: column index", "'999"),
+    ([("²", *rows[0][1:])], "tsv:2: column index", "'²'"),
   ]:
-    with pytest.raises(DataError, match=words):
+    with raises(DataError, where, got):
       mmbench.english(mmbench_folder(folder, bad).path)
-  bad_image = [(*rows[0][:9], "no base64!", *rows[0][10:])]
-  bench = mmbench.english(mmbench_folder(folder, bad_image).path)
-  with pytest.raises(DataError, match="tsv:2: column image: no base64"):
-    list(bench.questions())
+  for image in ("no base64!", "é"):
+    bad_image = [(*rows[0][:9], image, *rows[0][10:])]
+    bench = mmbench.english(mmbench_folder(folder, bad_image).path)
+    with raises(DataError, "tsv:2: column image", expected="base64"):
+      list(bench.questions())
   header = ("id", *HEADER[1:])
-  with pytest.raises(DataError, match="no column 'index', found id, question"):
+  with raises(DataError, "tsv", "['id', 'question'", "a column index"):
     mmbench.english(mmbench_folder(folder, header=header).path)
   path = folder.path / "mmbench_dev_20230712.tsv"
   path.write_bytes(gzip.compress(path.read_bytes()))
-  with pytest.raises(DataError, match=r"tsv: not text .*; it is at https:"):
+  with raises(DataError, "tsv", "decode byte", "UTF-8", "it is at https:"):
     mmbench.english(folder.path)
+
+
+def test_mmbench_with_a_byte_order_mark(folder):
+  plain = mmbench.english(mmbench_folder(folder).path)
+  expected = list(plain.questions())
+  path = folder.path / "mmbench_dev_20230712.tsv"
+  path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+  assert list(mmbench.english(folder.path).questions()) == expected
 
 
 def seed_folder(folder):
@@ -291,15 +304,19 @@ def test_seed_files_must_agree(folder):
   path = seed_folder(folder).path / "llava-seed-bench.jsonl"
   lines = path.read_text().splitlines(keepends=True)
   path.write_text("".join(lines[1:]))
-  with pytest.raises(DataError, match=r"questions\[0\]: question '101'"):
+  with raises(DataError, ": questions[0]", "question '101' of type 5"):
     SeedBench(folder.path)
   path.write_text("".join(lines) + lines[0].replace("101", "105"))
-  with pytest.raises(DataError, match=r"not '105' of the 5 in .*first rel"):
+  with raises(DataError, "SEED-Bench.json", "without '105'", fix="first rel"):
     SeedBench(folder.path)
   known = json.loads((folder.path / "SEED-Bench.json").read_text())
-  folder.json("SEED-Bench.json", known | {"question_type": ["a type"]})
-  with pytest.raises(DataError, match=r"question_type: found list"):
-    SeedBench(folder.path)
+  for types, where, got in (
+    (["a type"], "field question_type", "['a type']"),
+    ({"a": ["b"]}, ": question_type: field a", "['b']"),
+  ):
+    folder.json("SEED-Bench.json", known | {"question_type": types})
+    with raises(DataError, where, got):
+      SeedBench(folder.path)
 
 
 @pytest.mark.parametrize(
@@ -363,15 +380,28 @@ def test_scienceqa_asks_what_has_an_image(folder, tmp_path):
     "failed": pytest.approx(100 / 3),
   }
   assert sqa.write_submission(said, tmp_path) == []
-  for bad, words in [
-    ({"conversations": []}, "record 0: conversations are empty"),
-    ({"image": None}, "no question has an image"),
+  for bad, where, got in [
+    ({"conversations": []}, "record 0: conversations[0]", "None"),
+    ({"conversations": ["?"]}, "record 0: conversations[0]", "'?'"),
+    ({"conversations": {}}, "record 0: field conversations", "{}"),
+    ({"image": None}, "llava_test_CQM-A.json", "no question with an image"),
+    ({"image": 7}, "record 0: field image", "7"),
+    ({"id": 1.5}, "record 0: field id", "1.5"),
   ]:
     folder.json("llava_test_CQM-A.json", [asked[0] | bad])
-    with pytest.raises(DataError, match=words):
+    with raises(DataError, where, got):
       ScienceQa(folder.path)
   folder.json("llava_test_CQM-A.json", asked)
+  for answer, where in (
+    (-1, "problem 6: answer"),  # would be the last letter
+    (2, "problem 6: answer"),
+    ("A", "problem 6: field answer"),
+  ):
+    bad = {"6": problems["6"] | {"answer": answer}}
+    folder.json("problems.json", problems | bad)
+    with raises(DataError, where, str(answer)):
+      ScienceQa(folder.path)
   del problems["6"]
   folder.json("problems.json", problems)
-  with pytest.raises(DataError, match="record 2: id '6' is not in"):
+  with raises(DataError, "record 2: id", "'6', which is not in"):
     ScienceQa(folder.path)

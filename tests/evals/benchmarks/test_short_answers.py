@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import os
 
 import pytest
 
+from tests.fields import raises
 from vocojax.errors import DataError
 from vocojax.evals.benchmarks import vqa_text
 from vocojax.evals.benchmarks.base import Benchmark
@@ -88,15 +90,15 @@ def test_a_crash_between_two_answers_changes_no_score(folder, tmp_path):
   path, asked = tmp_path / "gqa.jsonl", []
 
   def run(until):
-    with PredictionWriter(path, "m") as writer:
-      for question in gqa.questions():
-        if question.id not in writer.answered and len(asked) < until:
-          asked.append(question.id)
-          writer.add(question.id, question.prompt, truth[question.id])
+    writer = PredictionWriter(path, "m")
+    for question in gqa.questions():
+      if question.id not in writer.answered and len(asked) < until:
+        asked.append(question.id)
+        writer.add(question.id, question.prompt, truth[question.id])
 
   run(until=3)
   path.write_bytes(path.read_bytes()[:-9])  # the third answer is cut
-  with pytest.raises(DataError, match=r"gqa.jsonl:3: the last line is cut"):
+  with raises(DataError, "gqa.jsonl:3", "a line that is cut off"):
     read_predictions([path])
   run(until=99)
   assert asked == ["201", "202", "203", "203", "204"]
@@ -109,47 +111,99 @@ def test_a_crash_between_two_answers_changes_no_score(folder, tmp_path):
 def test_gqa_names_what_is_wrong_with_its_files(folder):
   gqa = Gqa(gqa_folder(folder).path)
   (folder.path / "data/images/n1.jpg").unlink()
-  with pytest.raises(DataError, match=r"n1.jpg: no such image; .*gqa"):
+  with raises(DataError, "n1.jpg", "no such image", fix="gqa"):
     list(gqa.questions())
   path = folder.path / "llava_gqa_testdev_balanced.jsonl"
   good = path.read_text()
-  for line, words in [
-    ('{"question_id": "201", "image": "n1.jpg", "text": "Q"}\n', "second time"),
-    ('{"question_id": "777", "image": "n1.jpg", "text": "Q"}\n', "not in"),
-    ('{"question_id": "201", "text": "Q"}\n', "no field 'image'"),
-    ('{"question_id": "2\n', "not JSON"),
-    ("[1]\n", "found list"),
+  entry = {"question_id": "201", "image": "n1.jpg", "text": "Q"}
+  for line, where, got in [
+    (entry, "", "'201' a second time"),
+    (entry | {"question_id": "777"}, "", "question '777', which is not in"),
+    (entry | {"image": None}, ": field image", "None"),
+    (entry | {"image": ["n1.jpg"]}, ": field image", "['n1.jpg']"),
+    (entry | {"question_id": {}}, ": field question_id", "{}"),
+    (entry | {"question_id": True}, ": field question_id", "True"),
+    ({"text": "Q"}, ": field question_id", "nothing"),
+    ([1], "", "[1]"),
   ]:
+    path.write_text(good + json.dumps(line) + "\n")
+    with raises(DataError, f"balanced.jsonl:5{where}", got):
+      Gqa(folder.path)
+  for line, got in (
+    ('{"question_id": "2\n', "Unterminated string"),
+    ('{"question_id": "\\ud800"}\n', "half of a surrogate pair"),
+    ('{"question_id": ' + "9" * 5000 + "}\n", "5000 digits"),
+    ("[" * 5000 + "\n", "nested too deep"),
+  ):
     path.write_text(good + line)
-    with pytest.raises(DataError, match=rf"balanced.jsonl:5: .*{words}"):
+    with raises(DataError, "balanced.jsonl:5", got, fix="eval.zip"):
       Gqa(folder.path)
   path.write_text(good[: good.index("\n") + 1])
-  with pytest.raises(DataError, match=r"lacks question '20[1-4]' of .*all"):
+  with raises(DataError, "balanced.jsonl", "no question '20", "all balanced"):
     Gqa(folder.path)
   for nothing in ("", "\n \n"):
     path.write_text(nothing)
-    with pytest.raises(DataError, match="is empty"):
+    with raises(DataError, "balanced.jsonl", "nothing in it"):
       Gqa(folder.path)
   path.write_text(good)
-  folder.text("data/testdev_balanced_questions.json", "[]")
-  with pytest.raises(DataError, match="found a JSON list, expected a dict"):
-    Gqa(folder.path)
-  folder.text("data/testdev_balanced_questions.json", "{}")
-  with pytest.raises(DataError, match=r"questions.json: is empty"):
-    Gqa(folder.path)
-  for truth, words in [
-    (None, "1: found NoneType, expected an object"),
-    ({"answer": "a", "types": {"semantic": "x"}}, "no field 'structural'"),
+  for known, got in (("[]", "[]"), ("{}", "nothing in it")):
+    folder.text("data/testdev_balanced_questions.json", known)
+    with raises(DataError, "questions.json", got, fix="dorarad/gqa"):
+      Gqa(folder.path)
+  types = {"semantic": "x", "structural": "query"}
+  for truth, where, got in [
+    (None, "", "None"),
+    (
+      {"answer": "a", "types": {"semantic": "x"}},
+      "field structural",
+      "nothing",
+    ),
+    ({"answer": 3, "types": types}, "field answer", "3"),
+    (
+      {"answer": "a", "types": types, "isBalanced": "no"},
+      "field isBalanced",
+      "'no'",
+    ),
   ]:
     truths = {str(i): truth for i in (201, 202, 203, 204)}
     folder.json("data/testdev_balanced_questions.json", truths)
-    with pytest.raises(
-      DataError, match=rf"questions.json question 20.*{words}"
-    ):
+    with raises(DataError, where, got) as e:
       Gqa(folder.path)
+    assert "questions.json: question 20" in e.value.where
   path.write_bytes(gzip.compress(good.encode()))
-  with pytest.raises(DataError, match=r"balanced.jsonl: not text .*eval.zip"):
+  with raises(DataError, "balanced.jsonl:1", "byte 0x8b", fix="eval.zip"):
     Gqa(folder.path)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../../n1.jpg", "a\0b", ""])
+def test_an_image_is_inside_its_folder(folder, name):
+  path = gqa_folder(folder).path / "llava_gqa_testdev_balanced.jsonl"
+  folder.text("n1.jpg", "not an image of GQA")
+  path.write_text(path.read_text().replace("n1.jpg", json.dumps(name)[1:-1], 1))
+  with raises(DataError, "question 201: image", repr(name), "a path inside"):
+    list(Gqa(folder.path).questions())
+
+
+def test_links_in_an_image_folder_are_followed(folder):
+  path = gqa_folder(folder).path / "data/images"
+  path.rename(folder.path / "elsewhere")
+  path.symlink_to(folder.path / "elsewhere")
+  assert len(list(Gqa(folder.path).questions())) == 4
+
+
+def test_a_pipe_is_no_file(folder):
+  path = gqa_folder(folder).path / "llava_gqa_testdev_balanced.jsonl"
+  path.unlink()
+  os.mkfifo(path)
+  with raises(DataError, path.name, "a pipe"):
+    Gqa(folder.path)
+  image = folder.path / "data/images/n1.jpg"
+  path.unlink()
+  gqa = Gqa(gqa_folder(folder).path)
+  image.unlink()
+  os.mkfifo(image)
+  with raises(DataError, "n1.jpg", "no such image"):
+    list(gqa.questions())
 
 
 @pytest.mark.parametrize(
@@ -284,18 +338,32 @@ def test_vqav2_val(folder, tmp_path):
 
 def test_vqav2_val_without_an_annotation(folder):
   vqa_val_folder(folder)
-  for answers, words in [
-    ([{"answer": "red"}], "no annotation of question 42001"),
-    ([], "question 42000: answers: found none"),
-    (["red"], "question 42000: answers: found str, expected an object"),
-    ([{"answer_id": 1}], "question 42000: answers: no field 'answer'"),
+  at = "question 42000: answers"
+  for answers, where, got in [
+    (
+      [{"answer": "red"}],
+      "annotations.json",
+      "no annotation of question '42001'",
+    ),
+    ([], at, "none"),
+    (["red"], at, "'red'"),
+    ([{"answer_id": 1}], f"{at}: field answer", "nothing"),
+    ([{"answer": 5}], f"{at}: field answer", "5"),
+    ("red", "annotations[0]: field answers", "'red'"),
   ]:
     folder.json(
       "v2_mscoco_val2014_annotations.json",
       {"annotations": [{"question_id": 42000, "answers": answers}]},
     )
-    with pytest.raises(DataError, match=words):
+    with raises(DataError, where, got):
       Vqav2Val(folder.path)
+  folder.json(
+    "v2_OpenEnded_mscoco_val2014_questions.json",
+    {"questions": [{"question_id": 1, "image_id": "42", "question": "?"}]},
+  )
+  folder.json("v2_mscoco_val2014_annotations.json", {"annotations": []})
+  with raises(DataError, "questions[0]: field image_id", "'42'"):
+    Vqav2Val(folder.path)
 
 
 def test_vqav2_hands_in_every_question_of_test(folder, tmp_path):
@@ -319,5 +387,5 @@ def test_vqav2_hands_in_every_question_of_test(folder, tmp_path):
     {"question_id": 7, "answer": "don't"},
   ]
   folder.jsonl("llava_vqav2_mscoco_test2015.jsonl", lines(6, 8))
-  with pytest.raises(DataError, match="question '7' is not in"):
+  with raises(DataError, "dev2015.jsonl", "question '7', which is not in"):
     Vqav2(folder.path)

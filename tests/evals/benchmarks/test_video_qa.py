@@ -4,14 +4,20 @@ The judge is a server of this test that speaks OpenAI's protocol and does what
 each test scripts.
 """
 
+import contextlib
 import http.server
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
+from tests import disks
+from tests.fields import raises
 from vocojax.errors import DataError
 from vocojax.evals.benchmarks import registry
 from vocojax.evals.benchmarks.judge import (
@@ -35,6 +41,11 @@ class Stub:
     self.running = self.most_running = 0
     self.gate = threading.Barrier(1)  # how many calls wait for each other
     self.pause = 0.0  # seconds that every call takes
+    self.more_headers = {}  # of every reply
+    self.reason = None  # in the line of every status
+    self.drip = ""  # what comes byte by byte, for ever
+    self.gets = []  # paths that were asked for, which a judge never does
+    self.closed = False
     self._lock = threading.Lock()
     stub = self
 
@@ -42,13 +53,31 @@ class Stub:
       def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert self.path == "/v1/chat/completions"
+        if stub.drip:
+          self.pour(stub.drip)
+          return
         status, content = stub.reply(body, dict(self.headers))
-        self.send_response(status)
+        self.send_response(status, stub.reason)
+        for name, value in stub.more_headers.items():
+          self.send_header(name, value)
         if status == 429:
           self.send_header("Retry-After", "1")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        with contextlib.suppress(ConnectionError):  # it has enough
+          self.wfile.write(content)
+
+      def do_GET(self):
+        stub.gets.append(self.path)
+
+      def pour(self, part):
+        start = {"status": "HTTP/1.1 2", "header": "HTTP/1.1 200 OK\r\nX: "}
+        whole = "HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"
+        self.wfile.write(start.get(part, whole).encode())
+        with contextlib.suppress(ConnectionError):
+          while not stub.closed:
+            self.wfile.write(b"0")
+            time.sleep(0.05)
 
       def log_message(self, *args):
         pass
@@ -61,6 +90,7 @@ class Stub:
     self._thread.start()
 
   def close(self):
+    self.closed = True
     self._server.shutdown()
     self._server.server_close()
     self._thread.join()
@@ -153,6 +183,9 @@ def case(said):
     ("{" * 10_000 + "}" * 10_000, None),
     ("{'pred': 'yes', 'score': " + "-" * 100_000 + "1}", None),
     ("{'pred': 'yes', 'score': 5", None),
+    ('{"pred": "yes", "score": 5, "x": ' + "[" * 5000 + "]" * 5000 + "}", None),
+    ('{"pred": "yes", "score": ' + "9" * 5000 + "}", None),
+    ("{'pred': 'yes', 'score': 5, 'x': '" + "y" * 200_000 + "'}", None),
     ("", None),
   ],
 )
@@ -265,16 +298,38 @@ def test_crash_loses_one_verdict_at_most(serve, tmp_path):
     assert judge.calls == (1 if length > 10 else 2)
     assert sorted(path.read_text()) == sorted(whole)
   path.write_text("{}\n" + whole)
-  with pytest.raises(JudgeError, match=r"j.jsonl:1: no verdict \(KeyError"):
+  with raises(JudgeError, "j.jsonl:1: field key", "nothing", fix="delete"):
+    make_judge(stub, tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("change", "where", "got"),
+  [
+    ({"score": 7}, ": field score", "7"),
+    ({"score": True}, ": field score", "True"),
+    ({"right": 1}, ": field right", "1"),
+    ({"date": None}, ": field date", "None"),
+    ({"key": ["k"]}, ": field key", "['k']"),
+    ({"score": float("nan")}, "", "NaN"),
+    ({"reply": "\ud800"}, "", "half of a surrogate pair"),
+  ],
+)
+def test_lines_that_are_no_verdict(serve, tmp_path, change, where, got):
+  stub = serve({"one": [YES]})
+  make_judge(stub, tmp_path).verdicts([case("one")])
+  path = tmp_path / "j.jsonl"
+  entry = json.loads(path.read_text())
+  path.write_text(json.dumps(entry | change) + "\n")
+  with raises(JudgeError, f"j.jsonl:1{where}", got, fix="delete the line"):
     make_judge(stub, tmp_path)
 
 
 def test_server_that_refuses_is_asked_once(serve, tmp_path):
   stub = serve({"one": [YES], "two": [401]})
   judge = make_judge(stub, tmp_path, concurrency=1)
-  words = r"judge stub-1 at http.*: HTTP 401 .* in attempt 1; check"
-  with pytest.raises(JudgeError, match=words):
+  with raises(JudgeError, stub.url, "HTTP 401 ", fix="check URL") as e:
     judge.verdicts([case("one"), case("two")])
+  assert e.value.got.endswith(", in attempt 1")
   assert judge.calls == 2
   again = make_judge(stub, tmp_path)
   assert again.verdicts([case("one")])[0].right and again.calls == 0
@@ -290,11 +345,11 @@ def test_refusing_one_answer_does_not_end_the_judging(serve, tmp_path):
   assert (judge.calls, judge.refused, judge.retries) == (3, 2, 0)
   assert judge.describe(found)["without_verdict"] == 2
   # With no verdict at all there is no score, and the message says why.
-  words = r'judge stub-1 .*: no verdict, .*HTTP 400 .*"content filter"'
-  with pytest.raises(JudgeError, match=words):
+  with raises(JudgeError, stub.url, "no verdict; ") as e:
     make_judge(stub, tmp_path).verdicts(cases[:1])
+  assert 'HTTP 400 Bad Request {"error": {"message": "content' in e.value.got
   stub.script["?"] = ["I cannot say"]
-  with pytest.raises(JudgeError, match=r"no verdict, .* 'I cannot say'"):
+  with raises(JudgeError, got="no verdict; the last reply was I cannot say"):
     make_judge(stub, tmp_path).verdicts([case("?")])
 
 
@@ -304,7 +359,7 @@ def test_a_server_that_refuses_all_is_not_asked_for_ever(serve, tmp_path):
   stub.script["of another benchmark"] = [YES]
   judge = make_judge(stub, tmp_path)
   judge.verdicts([case("of another benchmark")])
-  with pytest.raises(JudgeError, match="HTTP 422"):
+  with raises(JudgeError, got="HTTP 422"):
     judge.verdicts([case(name) for name in names])
   assert 10 <= judge.calls < 20
   # Those that are left when all others have a verdict may all be refused.
@@ -336,16 +391,183 @@ def test_calls_under_way_when_the_temperature_is_refused(serve, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "url", ["localhost:80", "http://[::1/v1", "http://here:port/v1", "http:///v1"]
+  "url",
+  [
+    *("localhost:80", "http://[::1/v1", "http://here:port/v1", "http:///v1"),
+    *("ftp://here/v1", "http://h\u00e9re/v1", "http://here/v 1", ""),
+    "http://" + "a" * 70 + "/v1",
+  ],
 )
 def test_judge_needs_a_url(tmp_path, url):
-  with pytest.raises(JudgeError, match=r"URL '.*', expected .*http:"):
+  with raises(JudgeError, "--judge_url", repr(url), "http://localhost:8000"):
     Judge(Server(url, "m"), tmp_path / "j.jsonl")
+
+
+@pytest.mark.parametrize(
+  "url",
+  [
+    *("http://secret@here/v1", "http://me:secret@here/v1"),
+    *("http://here/v1?key=secret", "http://here/v1#secret", "secret@here"),
+  ],
+)
+def test_a_url_with_a_secret_is_not_printed(tmp_path, url):
+  with raises(JudgeError, "--judge_url", fix="JUDGE_API_KEY") as e:
+    Judge(Server(url, "m"), tmp_path / "j.jsonl")
+  assert "secret" not in str(e.value)
+  assert not list(tmp_path.iterdir())
+
+
+KEY = "sk-live-0123456789abcdefghij"
+
+
+def assert_without_key(text):
+  """No eight characters of the key in a row."""
+  for i in range(len(KEY) - 7):
+    assert KEY[i : i + 8] not in text, text
+
+
+def test_a_redirect_is_not_followed(serve, tmp_path):
+  """It would take the key to another host."""
+  for status in (301, 302, 303, 307, 308):
+    other = serve({"one": [YES]})
+    stub = serve({"one": [status]})
+    to = f"{other.url}/chat/completions?key={KEY}"
+    stub.more_headers = {"Location": to}
+    judge = make_judge(stub, tmp_path, api_key=KEY)
+    with raises(JudgeError, stub.url, f"HTTP {status} a redirect to") as e:
+      judge.verdicts([case("one")])
+    assert other.requests == other.gets == []
+    assert len(stub.requests) == 1
+    assert f"{other.url}/chat/completions?key=***" in e.value.got
+    assert_without_key(str(e.value))
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 403, 422, 500])
+@pytest.mark.parametrize(
+  "body",
+  [
+    '{"error": "Incorrect API key: %s."}',
+    "Bearer %s",
+    # Cut by the limit of what is shown, and hidden behind white space.
+    "x" * 185 + "%s",
+    " " * 980 + "%s",
+  ],
+)
+def test_a_key_that_is_echoed_is_masked(serve, tmp_path, status, body):
+  stub = serve({"one": [(status, (body % KEY).encode())]})
+  judge = make_judge(stub, tmp_path, api_key=KEY, attempts=2)
+  with raises(JudgeError, stub.url) as e:
+    judge.verdicts([case("one")])
+  assert_without_key(str(e.value))
+  assert_without_key((tmp_path / "j.jsonl").read_text())
+
+
+def test_a_key_in_a_status_or_a_verdict_is_masked(serve, tmp_path):
+  stub = serve({"one": [401], "two": [f"{YES} {KEY}"]})
+  stub.reason = f"Not {KEY}"
+  judge = make_judge(stub, tmp_path, api_key=KEY)
+  with raises(JudgeError, stub.url, "HTTP 401 Not *** scripted") as e:
+    judge.verdicts([case("one")])
+  assert_without_key(str(e.value))
+  (verdict,) = judge.verdicts([case("two")])
+  assert verdict.right
+  kept = (tmp_path / "j.jsonl").read_text()
+  assert json.loads(kept)["reply"] == f"{YES} ***"
+  assert_without_key(kept + json.dumps(judge.describe([verdict])))
+
+
+def test_replies_are_of_a_limited_size(serve, tmp_path):
+  long = b'{"choices": [{"message": {"content": "' + b" " * 2**23
+  stub = serve({"one": [long, (401, b" " * 2**23)], "two": [long]})
+  judge = make_judge(stub, tmp_path, attempts=2)
+  with raises(JudgeError, stub.url, "HTTP 401"):
+    judge.verdicts([case("one")])
+  assert (judge.calls, judge.retries) == (2, 1)
+  with raises(JudgeError, got="a reply of more than 4,194,304 bytes, in att"):
+    make_judge(stub, tmp_path, attempts=1).verdicts([case("two")])
+
+
+@pytest.mark.parametrize("part", ["status", "header", "body"])
+def test_a_reply_that_drips_is_given_up(serve, tmp_path, part):
+  """Each byte comes in time, and the reply would take for ever."""
+  stub = serve({"one": [YES]})
+  stub.drip = part
+  judge = make_judge(stub, tmp_path, attempts=2, timeout=0.5)
+  started = time.monotonic()
+  with raises(JudgeError, stub.url, "no whole reply in 0.5 s, in attempt 2"):
+    judge.verdicts([case("one")])
+  assert 1 < time.monotonic() - started < 5
+
+
+def test_hostile_json_of_a_judge(serve, tmp_path):
+  bodies = [
+    b"[" * 100_000,
+    b'{"choices": ' + b"9" * 5000 + b"}",
+    b'{"choices": {"0": 1}}',
+    b'{"choices": [{"message": "content"}]}',
+    b'{"choices": [{"message": {"content": "\\ud800"}}]}',
+    b"\xff\xfe",
+    b"3",
+  ]
+  stub = serve({"one": [*bodies, YES]})
+  judge = make_judge(stub, tmp_path, attempts=len(bodies) + 1, first_wait=0.0)
+  (verdict,) = judge.verdicts([case("one")])
+  assert verdict.right and judge.retries == len(bodies)
+
+
+def test_one_process_judges_at_a_time(serve, tmp_path):
+  stub = serve({"one": [YES], "two": [NO]})
+  judge = make_judge(stub, tmp_path)
+  second = (
+    "import pathlib, sys; from vocojax.evals.benchmarks import judge as j\n"
+    "judge = j.Judge(j.Server(sys.argv[1], 'stub-1'), "
+    "pathlib.Path(sys.argv[2]))\n"
+    "try: print(judge.verdicts([('what is it ?', 'a dog', sys.argv[3])]))\n"
+    "except j.UserError as e: print(e)"
+  )
+  command = [sys.executable, "-c", second, stub.url, str(tmp_path / "j.jsonl")]
+
+  def other(said):
+    return subprocess.run(
+      [*command, said], capture_output=True, text=True, check=True
+    ).stdout
+
+  stub.pause = 5.0
+  thread = threading.Thread(target=judge.verdicts, args=([case("one")],))
+  thread.start()
+  try:
+    assert other("two").startswith(
+      f"{tmp_path}: got judging by process {os.getpid()} on "
+    )
+  finally:
+    thread.join()
+  stub.pause = 0.0
+  assert "right=False" in other("two")
+  # What the other one found is not asked for again.
+  calls = len(stub.requests)
+  assert all(judge.verdicts([case("one"), case("two")]))
+  assert len(stub.requests) == calls
+
+
+def test_a_full_disk_keeps_whole_verdicts(serve, tmp_path):
+  names = [f"answer {i}" for i in range(20)]
+  stub = serve({name: [f"{YES} {'x' * 10_000}"] for name in names})
+  with disks.mounted(tmp_path / "disk", "128k") as disk:
+    judge = make_judge(stub, disk)
+    with raises(JudgeError, "j.jsonl", "No space left", fix="free some space"):
+      judge.verdicts([case(name) for name in names])
+    kept = (disk / "j.jsonl").read_text()
+    assert kept.endswith("\n") and 3 < len(kept.splitlines()) < 20
+    calls = len(stub.requests)
+    disks.remount(disk, "size=2M")
+    assert all(make_judge(stub, disk).verdicts([case(name) for name in names]))
+    assert len(stub.requests) < calls + 20
+    assert (disk / "j.jsonl").read_text().startswith(kept)
 
 
 @pytest.mark.parametrize("key", ["secret\n", "se cret", "sécret"])
 def test_a_key_that_no_header_can_hold_is_not_printed(tmp_path, key):
-  with pytest.raises(JudgeError, match=r"API key: found .* JUDGE_API_") as e:
+  with raises(JudgeError, "JUDGE_API_KEY", "white space") as e:
     Judge(Server("http://here/v1", "m", key), tmp_path / "j.jsonl")
   assert "cret" not in str(e.value)
 
@@ -354,18 +576,21 @@ def test_where_verdicts_cannot_be_kept(serve, tmp_path):
   stub = serve({})
   (tmp_path / "file").write_text("")
   (tmp_path / "j.jsonl").mkdir()
-  for folder in (tmp_path / "file", tmp_path / "file" / "more", tmp_path):
-    with pytest.raises(JudgeError, match=r"j.jsonl: verdicts cannot be kept"):
-      make_judge(stub, folder)
+  (tmp_path / "pipe").mkdir()
+  os.mkfifo(tmp_path / "pipe" / "j.jsonl")
+  for folder in ("file", "file/more", "", "pipe"):
+    with raises(JudgeError, "j.jsonl", fix="choose another place"):
+      make_judge(stub, tmp_path / folder)
 
 
 def test_server_that_stays_away_is_given_up(serve, tmp_path):
   stub = serve({"one": [503]})
   judge = make_judge(stub, tmp_path)
-  with pytest.raises(JudgeError, match=r"HTTP 503 .* in attempt 3"):
+  got = "HTTP 503 Service Unavailable scripted, in attempt 3"
+  with raises(JudgeError, stub.url, got):
     judge.verdicts([case("one")])
   stub._server.server_close()
-  with pytest.raises(JudgeError, match=r"refused.* in attempt 3"):
+  with raises(JudgeError, stub.url, "Connection refused, in attempt 3"):
     judge.verdicts([case("one")])
 
 
@@ -375,7 +600,7 @@ def video_folder(folder):
     for i, answer in enumerate(("dog", "two", "run"))
   ]
   folder.json("test_qa.json", entries)
-  folder.images("video/video0.mp4", "video/video1.mkv", "video/video2.avi")
+  folder.images("video/video0.mp4", "video/video1.MKV", "video/video2.webm")
   return folder
 
 
@@ -386,7 +611,7 @@ def test_video_questions_without_a_judge(folder, tmp_path):
     assert (bench.name, bench.headline) == (name, "match")
     questions = list(bench.questions())
     assert [q.prompt for q in questions] == ["q0 ?", "q1 ?", "q2 ?"]
-    assert questions[1].video == folder.path / "video/video1.mkv"
+    assert questions[1].video == folder.path / "video/video1.MKV"
     assert questions[1].images == ()
     said = {"1": "The 2.", "0": "It is a dog.", "2": "running"}
     # "2" equals "two"; "dog" stands in the first; "run" is no word of the last.
@@ -394,8 +619,24 @@ def test_video_questions_without_a_judge(folder, tmp_path):
       {"match": 100 / 3, "contains": 200 / 3}
     )
     assert bench.write_submission(said, tmp_path) == []
-  (folder.path / "video/video1.mkv").unlink()
-  with pytest.raises(DataError, match=r"video1: no such video, neither .mp4"):
+  (folder.path / "video/video1.MKV").unlink()
+  with raises(DataError, "video1", "no such video", ".webm", "LLaMA-VID"):
+    list(bench.questions())
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../video/video0", "a\0b"])
+def test_a_video_is_inside_its_folder(folder, name):
+  entry = {"id": 1, "question": "?", "answer": "a", "video_id": name}
+  folder.json("test_qa.json", [entry])
+  bench = registry.open_benchmark("msvd_qa", folder.path)
+  with raises(DataError, "question 1", repr(name), "a path inside"):
+    list(bench.questions())
+  folder.json("test_qa.json", [entry | {"video_id": ["x"]}])
+  with raises(DataError, "record 0: field video_id", "['x']"):
+    registry.open_benchmark("msvd_qa", folder.path)
+  folder.json("test_qa.json", [entry | {"video_id": "a" * 5000}])
+  bench = registry.open_benchmark("msvd_qa", folder.path)
+  with raises(DataError, "question 1", "aaa"):
     list(bench.questions())
 
 
@@ -437,8 +678,9 @@ def test_activitynet_pairs_by_position(folder):
   assert [q.reference["answer"] for q in found] == ["yes", "no"]
   assert dict(bench.score({"x_0": "Yes.", "x_1": "maybe"}))["match"] == 50
   folder.json("test_a.json", answers[::-1])
-  with pytest.raises(DataError, match="answers question x_1, expected x_0"):
+  got = "an answer to question 'x_1'"
+  with raises(DataError, "test_a.json: record 0", got, "to 'x_0'"):
     registry.open_benchmark("activitynet_qa", folder.path)
   folder.json("test_a.json", answers[:1])
-  with pytest.raises(DataError, match="found 1 answers, expected 2"):
+  with raises(DataError, "test_a.json", "1 answers", "2, one for each"):
     registry.open_benchmark("activitynet_qa", folder.path)

@@ -4,10 +4,10 @@ The seam to the model is here:
 
   benchmark = registry.open_benchmark("gqa", folder)
   questions = list(benchmark.questions())
-  with PredictionWriter(path, model_id) as writer:
-    for question in questions:
-      if question.id not in writer.answered:
-        writer.add(question.id, question.prompt, ask(question))
+  writer = PredictionWriter(path, model_id)
+  for question in questions:
+    if question.id not in writer.answered:
+      writer.add(question.id, question.prompt, ask(question))
   predictions = read_predictions([path])
   check_complete(predictions, (q.id for q in questions), str(path))
   scores = benchmark.score(predictions)
@@ -17,10 +17,12 @@ With several hosts each keeps a file of its own, and one reads them all.
 
 import collections
 import dataclasses
+import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+from vocojax.core.files import path_inside, remedy
 from vocojax.errors import DataError
 
 Score = tuple[str, float]  # name, value in the benchmark's own unit
@@ -109,15 +111,19 @@ class Benchmark(Protocol):
     ...
 
 
-def image_file(folder: pathlib.Path, name: str, origin: str) -> pathlib.Path:
-  """Path of an image that is there.
+def image_file(
+  folder: pathlib.Path, name: str, where: str, origin: str
+) -> pathlib.Path:
+  """Path of an image that is there, inside `folder`.
 
   Raises:
-    DataError: it is not, with `origin`, which says where to get it.
+    DataError: it is not, with `origin`, which says where to get it; or the
+      name, which stands at `where`, leads elsewhere.
   """
-  path = folder / name
-  if not path.is_file():
-    raise DataError(f"{path}: no such image; {origin}")
+  with remedy(f"take the official files; {origin}"):
+    path = path_inside(folder, name, where)
+    if not os.path.isfile(path):
+      raise DataError(path, "no such image", "an image file")
   return path
 
 

@@ -1,7 +1,7 @@
 """Reading question files, with errors that name the line. Read next: gqa.py.
 
 Every reader takes an `origin`, a few words about where a file comes from,
-which a message about a missing or foreign file ends with.
+which is the remedy for a missing or foreign file.
 """
 
 import base64
@@ -9,18 +9,24 @@ import binascii
 import contextlib
 import csv
 import hashlib
-import json
+import io
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
-from typing import Any, TextIO
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TextIO, TypeVar
 
-from vocojax.errors import DataError
+from vocojax.core import files
+from vocojax.core.files import remedy
+from vocojax.errors import DataError, shorten
+
+T = TypeVar("T")
+Kind = type | tuple[type, ...]
 
 LLAVA_EVAL = (
   "it is in eval.zip of LLaVA-1.5, see docs/Evaluation.md of "
   "https://github.com/haotian-liu/LLaVA"
 )
+ID = (str, int)  # of a question, a video
 
 
 def data_file(
@@ -29,32 +35,25 @@ def data_file(
   """Path of FOLDER/NAME, which is there.
 
   Raises:
-    DataError: it is not.
+    DataError: it is not, or is no regular file.
   """
-  path = pathlib.Path(folder).expanduser() / name
-  if not path.is_file():
-    raise DataError(f"{path}: no such file (--data); {origin}")
+  path = files.expand_user(folder) / name
+  with remedy(f"name its folder with --data; {origin}"):
+    files.open_regular(path).close()
   return path
 
 
-def read_json(path: pathlib.Path, kind: type, origin: str) -> Any:
+def read_json(path: pathlib.Path, kind: type[T], origin: str) -> T:
   """What a JSON file holds: an object (`kind` dict) or an array (list).
 
   Raises:
     DataError: the file is no JSON, or holds something else or nothing.
   """
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except (json.JSONDecodeError, UnicodeDecodeError) as e:
-    raise DataError(f"{path}: not JSON ({e}); {origin}") from e
-  if not isinstance(value, kind):
-    raise DataError(
-      f"{path}: found a JSON {type(value).__name__}, expected a "
-      f"{kind.__name__}; {origin}"
-    )
-  if not value:
-    raise DataError(f"{path}: is empty; {origin}")
-  return value
+  with remedy(f"take the official file; {origin}"):
+    value = files.read_json(path, kind)
+    if not value:
+      raise DataError(path, "nothing in it", "questions")
+    return value
 
 
 @contextlib.contextmanager
@@ -65,55 +64,47 @@ def text_lines(path: pathlib.Path, origin: str) -> Iterator[TextIO]:
     DataError: it is no UTF-8, such as a file that is still compressed, or no
       table.
   """
-  try:
-    with path.open(encoding="utf-8", newline="") as lines:
-      yield lines
-  except (UnicodeDecodeError, csv.Error) as e:
-    raise DataError(f"{path}: not text as expected ({e}); {origin}") from e
+  with files.open_regular(path) as file:
+    try:
+      yield io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    except (UnicodeDecodeError, csv.Error, OSError) as e:
+      raise DataError(
+        path, str(e), "UTF-8 text", f"take the official file; {origin}"
+      ) from e
 
 
 def read_jsonl(
-  path: pathlib.Path, fields: Iterable[str], origin: str
+  path: pathlib.Path, fields: Mapping[str, Kind], origin: str
 ) -> Iterator[tuple[str, dict]]:
   """(where, object) of every line that is not blank; `where` is FILE:LINE.
 
   Raises:
-    DataError: a line is no JSON object or lacks one of the fields, or there
-      is no line.
+    DataError: a line is no JSON object or has not the fields, or there is no
+      line.
   """
-  fields, found = tuple(fields), False
-  with text_lines(path, origin) as lines:
-    for number, line in enumerate(lines, 1):
-      if not line.strip():
-        continue
-      where = f"{path}:{number}"
-      try:
-        entry = json.loads(line)
-      except json.JSONDecodeError as e:
-        raise DataError(f"{where}: not JSON ({e}); {origin}") from e
+  found = False
+  with remedy(f"take the official file; {origin}"):
+    for where, entry in files.read_json_lines(path):
       found = True
       yield where, with_fields(where, entry, fields, origin)
-  if not found:
-    raise DataError(f"{path}: is empty; {origin}")
+    if not found:
+      raise DataError(path, "nothing in it", "questions")
 
 
-def with_fields(where: str, entry, fields: Iterable[str], origin: str) -> dict:
-  """`entry`, if it is an object that has all the fields.
+def with_fields(
+  where: Any,
+  entry: Any,
+  fields: Mapping[str, Kind],
+  origin: str,
+  optional: Mapping[str, Kind] | None = None,
+) -> dict:
+  """`entry`, if it is an object that has all the fields, of these types.
 
   Raises:
-    DataError: it is not.
+    DataError: it is not, or an `optional` field has another type.
   """
-  if not isinstance(entry, dict):
-    raise DataError(
-      f"{where}: found {type(entry).__name__}, expected an object; {origin}"
-    )
-  for field in fields:
-    if entry.get(field) is None:
-      raise DataError(
-        f"{where}: no field {field!r}, found {', '.join(entry) or 'none'}; "
-        f"{origin}"
-      )
-  return entry
+  with remedy(f"take the official file; {origin}"):
+    return files.check_fields(entry, where, fields, DataError, optional)
 
 
 def read_tsv(
@@ -132,14 +123,19 @@ def read_tsv(
     for field in fields:
       if field not in columns:
         raise DataError(
-          f"{path}: no column {field!r}, found {', '.join(columns)[:200]}; "
-          f"{origin}"
+          path,
+          f"columns {shorten(columns, 200)}",
+          f"a column {field}",
+          f"take the official file; {origin}",
         )
     for row in table:
       where = f"{path}:{table.line_num}"
       if None in row or None in row.values():
         raise DataError(
-          f"{where}: not {len(columns)} cells as in the header; {origin}"
+          where,
+          "a row of another number of cells",
+          f"{len(columns)}, as in the header",
+          f"take the official file; {origin}",
         )
       yield where, row
 
@@ -152,8 +148,13 @@ def decode_image(where: str, text: str, origin: str) -> bytes:
   """
   try:
     return base64.b64decode(text, validate=True)
-  except binascii.Error as e:
-    raise DataError(f"{where}: column image: no base64 ({e}); {origin}") from e
+  except (binascii.Error, ValueError) as e:  # ValueError: not ASCII
+    raise DataError(
+      f"{where}: column image",
+      str(e),
+      "base64",
+      f"take the official file; {origin}",
+    ) from e
 
 
 def add_unique(entries: dict[str, Any], key: str, value, where: str) -> None:
@@ -164,17 +165,19 @@ def add_unique(entries: dict[str, Any], key: str, value, where: str) -> None:
   """
   if key in entries:
     raise DataError(
-      f"{where}: id {key!r} a second time, expected each once; take the "
-      "official file again"
+      where,
+      f"id {shorten(key)} a second time",
+      "each id once",
+      "take the official file again",
     )
   entries[key] = value
 
 
-def data_hash(files: Iterable[pathlib.Path]) -> str:
+def data_hash(paths: Iterable[pathlib.Path]) -> str:
   """SHA-256 over the names and contents of files, whatever their order."""
   total = hashlib.sha256()
-  for path in sorted(files, key=lambda p: (p.name, str(p))):
-    with path.open("rb") as file:
+  for path in sorted(paths, key=lambda p: (p.name, str(p))):
+    with files.open_regular(path) as file:
       digest = hashlib.file_digest(file, "sha256").hexdigest()
     total.update(f"{path.name} {digest}\n".encode())
   return total.hexdigest()

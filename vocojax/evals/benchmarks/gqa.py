@@ -5,7 +5,8 @@ import os
 import pathlib
 from collections.abc import Iterator, Mapping
 
-from vocojax.errors import DataError
+from vocojax.core.files import write_atomic
+from vocojax.errors import DataError, shorten
 from vocojax.evals.benchmarks.base import (
   Question,
   Score,
@@ -13,6 +14,7 @@ from vocojax.evals.benchmarks.base import (
   image_file,
 )
 from vocojax.evals.benchmarks.files import (
+  ID,
   LLAVA_EVAL,
   add_unique,
   data_file,
@@ -49,35 +51,38 @@ class Gqa:
     self._images = known.parent / "images"
     truths = read_json(known, dict, _GQA)
     self._questions: dict[str, tuple[dict, dict]] = {}
-    fields = ("question_id", "image", "text")
+    fields = {"question_id": ID, "image": str, "text": str}
     for where, line in read_jsonl(asked, fields, LLAVA_EVAL):
       id_ = str(line["question_id"])
       if id_ not in truths:
         raise DataError(
-          f"{where}: question {id_!r} is not in {known}; the two files are of "
-          "different splits, take both of testdev"
+          where,
+          f"question {shorten(id_)}, which is not in {known}",
+          "files of the same split",
+          "take both of testdev",
         )
+      known_as = f"{known}: question {id_}"
       truth = with_fields(
-        f"{known} question {id_}", truths[id_], ("answer", "types"), _GQA
+        known_as, truths[id_], {"answer": str, "types": dict}, _GQA
       )
       add_unique(self._questions, id_, (line, truth), where)
-      with_fields(
-        f"{known} question {id_}: types",
-        truth["types"],
-        ("structural", "semantic"),
-        _GQA,
-      )
+      types = {"structural": str, "semantic": str}
+      with_fields(f"{known_as}: types", truth["types"], types, _GQA)
     for id_, truth in truths.items():
-      with_fields(f"{known} question {id_}", truth, (), _GQA)
+      optional = {"isBalanced": bool}
+      with_fields(f"{known}: question {id_}", truth, {}, _GQA, optional)
       if truth.get("isBalanced", True) and id_ not in self._questions:
         raise DataError(
-          f"{asked}: lacks question {id_!r} of {known}, expected all that are "
-          f"balanced; {LLAVA_EVAL}"
+          asked,
+          f"no question {shorten(id_)}",
+          f"all balanced ones of {known}",
+          f"take the official file; {LLAVA_EVAL}",
         )
 
   def questions(self) -> Iterator[Question]:
     for id_, (line, truth) in self._questions.items():
-      image = image_file(self._images, line["image"], _GQA)
+      where = f"{self.files[0]}: question {id_}: image"
+      image = image_file(self._images, line["image"], where, _GQA)
       yield Question(
         id=id_,
         prompt=line["text"],
@@ -109,7 +114,7 @@ class Gqa:
       {"questionId": id_, "prediction": _cleaned(predictions[id_])}
       for id_ in self._questions
     ]
-    path.write_text(json.dumps(entries), encoding="utf-8")
+    write_atomic(path, json.dumps(entries))
     return [path]
 
 

@@ -12,10 +12,11 @@ import ast
 import concurrent.futures
 import dataclasses
 import datetime
+import email.message
 import hashlib
 import http.client
+import itertools
 import json
-import os
 import pathlib
 import re
 import sys
@@ -24,12 +25,15 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import tqdm
 
-from vocojax.errors import UserError
+from vocojax.core import files, journal, lock
+from vocojax.errors import UserError, one_line
+
+T = TypeVar("T")
 
 _SYSTEM = (
   "You grade answers to questions about videos. You are given a question, the "
@@ -52,6 +56,11 @@ _PASSING = (408, 409, 425, 429)
 # come again.
 _TEMPERATURES = (0.0, 1.0)
 _LONGEST_WAIT = 60.0  # seconds between two attempts
+_MAX_REPLY = 2**22  # bytes; a verdict after much thought has 100,000
+_LONGEST_VERDICT = 100_000  # characters
+_SHOWN = 200  # characters of what a server says
+# So many characters of the key in a row are not printed or stored.
+_KEY_PIECE = 8
 # Statuses by which a server refuses one request, such as a content filter, and
 # how many before the first verdict mean that it refuses all.
 _REFUSALS = (400, 413, 422)
@@ -84,9 +93,10 @@ class Server:
   Attributes:
     url: base of the API, such as http://localhost:8000/v1.
     model: name of the judge at that server.
-    api_key: sent as bearer token if not empty; never written anywhere.
+    api_key: sent as bearer token if not empty, to `url` alone; never printed or
+      stored.
     attempts: how often one answer is asked about at most.
-    timeout: seconds of one call.
+    timeout: seconds of one call, from its start to the end of the reply.
     first_wait: seconds before the second attempt, doubled before each more.
     concurrency: calls under way at a time.
   """
@@ -118,51 +128,31 @@ class Judge:
       JudgeError: the URL or the key is none, or the file holds something else
         or cannot be written.
     """
-    if not _is_url(server.url):
-      raise JudgeError(
-        f"judge: URL {server.url!r}, expected one such as "
-        "http://localhost:8000/v1"
-      )
+    _check_url(server.url)
     if not re.fullmatch("[!-~]*", server.api_key):
       raise JudgeError(
-        "judge: API key: found white space or characters beyond ASCII, perhaps "
-        "a line end; expected neither, set JUDGE_API_KEY without them"
+        "JUDGE_API_KEY",
+        "white space or characters beyond ASCII, perhaps a line end",
+        "neither",
+        "set it without them",
       )
     self._server = server
     self._cache = cache
     self._lock = threading.Lock()
+    self._opener = urllib.request.build_opener(_NoRedirects)
     self._verdicts: dict[str, Verdict] = {}
     self._temperatures: tuple[float, ...] | None = _TEMPERATURES
     self._complaint = ""  # the last reply that could not be used
     self.calls = self.cached = self.retries = self.malformed = 0
     self.refused = 0
     self._gives_verdicts = False  # on some of the cases that are asked about
-    try:
-      cache.parent.mkdir(parents=True, exist_ok=True)
-      cache.open("a").close()
-    except OSError as e:  # now, and not after the first call that is paid for
-      raise JudgeError(
-        f"{cache}: verdicts cannot be kept there ({e.strerror}); give a folder "
-        "that can be written"
-      ) from e
-    self._read_cache()
+    self._read_cache()  # before the first call is paid for
 
   def _read_cache(self) -> None:
-    content = self._cache.read_bytes()
-    whole = content.rpartition(b"\n")[0]
-    for number, line in enumerate(whole.splitlines(), 1):
-      try:
-        entry = json.loads(line)
-        verdict = Verdict(entry["right"], entry["score"], entry["date"])
-        self._verdicts[entry["key"]] = verdict
-      except (ValueError, KeyError, TypeError) as e:
-        raise JudgeError(
-          f"{self._cache}:{number}: no verdict ({e!r}); delete the line"
-        ) from e
-    if whole and len(content) > len(whole) + 1:  # a crash cut the last line
-      os.truncate(self._cache, len(whole) + 1)
-    elif not whole:
-      os.truncate(self._cache, 0)
+    self._journal = journal.Journal(self._cache, JudgeError)
+    for where, entry in self._journal.entries:
+      key, verdict = _read_verdict(where, entry)
+      self._verdicts[key] = verdict
 
   def verdicts(
     self, cases: Sequence[tuple[str, str, str]]
@@ -175,7 +165,15 @@ class Judge:
     Raises:
       JudgeError: the server refuses, fails too often, or gave no verdict on any
         answer. What was judged until then is kept.
+      UserError: another process adds verdicts to the file.
     """
+    with lock.held(self._cache.parent, "judging"):
+      self._read_cache()  # there may be more by now
+      return self._ask_for_new(cases)
+
+  def _ask_for_new(
+    self, cases: Sequence[tuple[str, str, str]]
+  ) -> list[Verdict | None]:
     keys = [self._key(case) for case in cases]
     new = {
       key: case
@@ -200,7 +198,7 @@ class Judge:
       pool.shutdown(cancel_futures=True)
     found = [self._verdicts.get(key) for key in keys]
     if keys and not any(found):
-      raise self._error(f"no verdict, the last reply was {self._complaint!r}")
+      raise self._error(f"no verdict; the last reply was {self._complaint}")
     return found
 
   def describe(self, verdicts: Sequence[Verdict | None]) -> dict[str, Any]:
@@ -243,22 +241,45 @@ class Judge:
         return
       with self._lock:
         self.malformed += 1
-        self._complaint = reply[:200]
+        self._complaint = self._quote(reply)
 
   def _error(self, reason: str) -> JudgeError:
     return JudgeError(
-      f"judge {self._server.model} at {self._server.url}: {reason}; check URL, "
-      f"model and key and run again, verdicts so far are in {self._cache}"
+      f"judge {self._server.model} at {self._server.url}",
+      reason,
+      "verdicts",
+      "check URL, model and key and run the same command again; verdicts so "
+      f"far are in {self._cache}",
+    )
+
+  def _quote(self, text: str) -> str:
+    """The beginning of what a server says, in one line."""
+    # It may be long, and white space for the most part.
+    return one_line(self._without_key(text[: 100 * _SHOWN]))[:_SHOWN]
+
+  def _without_key(self, text: str) -> str:
+    """What a server says, which may echo the key or a part of it."""
+    key, hidden = self._server.api_key, bytearray(len(text))
+    size = min(len(key), _KEY_PIECE)
+    for i in range(len(key) - size + 1 if key else 0):
+      at = text.find(piece := key[i : i + size])
+      while at >= 0:
+        hidden[at : at + size] = b"*" * size
+        at = text.find(piece, at + 1)
+    return "".join(
+      "***" if is_hidden else "".join(c for _, c in group)
+      for is_hidden, group in itertools.groupby(
+        zip(hidden, text, strict=True), lambda pair: pair[0]
+      )
     )
 
   def _keep(self, key: str, verdict: Verdict, reply: str) -> None:
-    entry = {"key": key, "model": self._server.model, "reply": reply}
-    line = json.dumps(entry | dataclasses.asdict(verdict)) + "\n"
+    entry = {"key": key, "model": self._server.model}
+    entry["reply"] = self._without_key(reply)
     with self._lock:
+      self._journal.add(entry | dataclasses.asdict(verdict))
       self._verdicts[key] = verdict
       self._gives_verdicts = True
-      with self._cache.open("a", encoding="utf-8") as file:
-        file.write(line)
 
   def _ask(self, case: tuple[str, str, str], further: int) -> str:
     """The judge's reply to the first (0) or a further (1) question for it.
@@ -273,21 +294,20 @@ class Judge:
       temperature = temperatures[further] if temperatures else None
       try:
         return self._call(case, temperature)
-      except urllib.error.HTTPError as e:
-        said = " ".join(e.read(1000).decode(errors="replace").split())
-        e.close()
-        reason = f"HTTP {e.code} {e.reason} {said[:200]}".rstrip()
-        passing = e.code in _PASSING or e.code >= 500
+      except _Status as e:
+        reason, passing = str(e), e.code in _PASSING or e.code >= 500
         after = e.headers.get("Retry-After", "")
-        if e.code == 400 and "temperature" in said and temperatures:
+        if e.code == 400 and "temperature" in e.said and temperatures:
           # Some judges have only their own. Other calls may be under way.
           self._temperatures, passing, after = None, True, ""
         elif e.code in _REFUSALS:
           raise _Refused(reason) from e
       except (OSError, http.client.HTTPException, _NoReply) as e:
-        reason, passing, after = str(e) or type(e).__name__, True, ""
+        cause = e.reason if isinstance(e, urllib.error.URLError) else e
+        reason = self._quote(str(cause)) or type(cause).__name__
+        passing, after = True, ""
       if not passing or attempt == self._server.attempts:
-        raise self._error(f"{reason} in attempt {attempt}")
+        raise self._error(f"{reason}, in attempt {attempt}")
       with self._lock:
         self.retries += 1
       asked_for = float(after) if after.isdecimal() else 0.0
@@ -310,22 +330,117 @@ class Judge:
       json.dumps(body).encode(),
       headers,
     )
-    with urllib.request.urlopen(request, timeout=self._server.timeout) as reply:
-      content = reply.read()
+    content = _within(self._server.timeout, lambda: self._send(request))
     try:
-      message = json.loads(content)["choices"][0]["message"]
+      reply = files.parse_json(content, "", dict, JudgeError)
+      message = reply["choices"][0]["message"]
       return str(message["content"] or "")
-    except (ValueError, LookupError, TypeError) as e:
-      raise _NoReply(f"no chat completion: {content[:80]!r}") from e
+    except (JudgeError, LookupError, TypeError) as e:
+      said = self._quote(content.decode(errors="replace"))
+      raise _NoReply(f"no chat completion: {said}") from e
+
+  def _send(self, request: urllib.request.Request) -> bytes:
+    """What a server replies.
+
+    Raises:
+      _Status: it is no success.
+      _NoReply: it is too long.
+      OSError, http.client.HTTPException: there is no reply.
+    """
+    try:
+      with self._opener.open(request, timeout=self._server.timeout) as reply:
+        content = reply.read(_MAX_REPLY + 1)
+    except urllib.error.HTTPError as e:
+      with e:
+        words = [e.reason, e.read(_MAX_REPLY).decode(errors="replace")]
+      if 300 <= e.code < 400:
+        to = e.headers.get("Location", "nowhere")
+        words = [f"a redirect to {to}, which is not followed"]
+      said = " ".join(filter(None, map(self._quote, words)))
+      raise _Status(e.code, said, e.headers) from e
+    if len(content) > _MAX_REPLY:
+      raise _NoReply(f"a reply of more than {_MAX_REPLY:,} bytes")
+    return content
 
 
-def _is_url(text: str) -> bool:
+def _read_verdict(where: str, entry: dict[str, Any]) -> tuple[str, Verdict]:
+  """Key and verdict of a line that was kept.
+
+  Raises:
+    JudgeError: it has none.
+  """
   try:
-    parts = urllib.parse.urlsplit(text)
+    key = files.get_field(entry, "key", str, where, JudgeError)
+    right = files.get_field(entry, "right", bool, where, JudgeError)
+    score = files.get_field(entry, "score", int, where, JudgeError)
+    date = files.get_field(entry, "date", str, where, JudgeError)
+    if not 0 <= score <= 5:
+      raise JudgeError(f"{where}: field score", str(score), "0 to 5", "")
+  except JudgeError as e:
+    raise JudgeError(e.where, e.got, e.expected, "delete the line") from e
+  return key, Verdict(right, score, date)
+
+
+def _check_url(url: str) -> None:
+  """Whether `url` can be asked, and holds no secret: it stands in results.
+
+  Raises:
+    JudgeError: it is not, or does.
+  """
+  has_secret = any(c in url for c in "@?#")
+  try:
+    parts = urllib.parse.urlsplit(url)
     _ = parts.port  # read only now
+    host = (parts.hostname or "").encode("idna")
   except ValueError:
-    return False
-  return parts.scheme in ("http", "https") and bool(parts.hostname)
+    host = b""
+  is_url = re.fullmatch("https?://[!-~]+", url, re.IGNORECASE) and host
+  if has_secret or not is_url:
+    raise JudgeError(
+      "--judge_url",
+      "a URL with a user, a query or a fragment" if has_secret else repr(url),
+      "one such as http://localhost:8000/v1",
+      "correct it; a key belongs in the variable JUDGE_API_KEY",
+    )
+
+
+def _within(seconds: float, function: Callable[[], T]) -> T:
+  """What `function` returns, unless that takes longer.
+
+  A server that sends a byte now and then would never exceed the timeout of a
+  socket. The thread that waits for it is left behind.
+
+  Raises:
+    _NoReply: it takes longer.
+  """
+  future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+  def run() -> None:
+    try:
+      future.set_result(function())
+    except BaseException as e:
+      future.set_exception(e)
+
+  threading.Thread(target=run, daemon=True).start()
+  try:
+    return future.result(seconds)
+  except TimeoutError as e:
+    raise _NoReply(f"no whole reply in {seconds:g} s") from e
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+  """Takes a redirect for the failure it is: it would get the key, too."""
+
+  def redirect_request(self, req, fp, code, msg, headers, newurl) -> None:
+    return None
+
+
+class _Status(Exception):
+  """The server replied with a status that is no success, and said why."""
+
+  def __init__(self, code: int, said: str, headers: email.message.Message):
+    super().__init__(f"HTTP {code} {said}")
+    self.code, self.said, self.headers = code, said, headers
 
 
 class _NoReply(Exception):
@@ -354,9 +469,11 @@ def parse_verdict(reply: str) -> tuple[bool, int] | None:
 
 
 def _parse_literal(literal: str) -> tuple[bool, int] | None:
+  if len(literal) > _LONGEST_VERDICT:
+    return None
   try:
     found = json.loads(literal)
-  except ValueError:
+  except (ValueError, RecursionError):
     try:
       found = ast.literal_eval(literal)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -364,7 +481,7 @@ def _parse_literal(literal: str) -> tuple[bool, int] | None:
   try:
     first = re.match(r"\W*(yes|no|true|false)\b", str(found["pred"]).lower())
     score = float(found["score"])
-  except (ValueError, LookupError, TypeError, OverflowError):
+  except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
     return None
   if not first or not 0 <= score <= 5:
     return None

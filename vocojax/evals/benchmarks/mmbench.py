@@ -3,9 +3,11 @@
 import itertools
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 
-from vocojax.errors import DataError
+from vocojax.core.files import write_atomic
+from vocojax.errors import DataError, shorten
 from vocojax.evals.benchmarks.base import (
   OPTION_LETTER,
   Question,
@@ -18,7 +20,7 @@ from vocojax.evals.benchmarks.files import (
   decode_image,
   read_tsv,
 )
-from vocojax.evals.benchmarks.xlsx import write_xlsx
+from vocojax.evals.benchmarks.xlsx import xlsx
 
 _ORIGIN = (
   "it is at https://download.openmmlab.com/mmclassification/datasets/mmbench"
@@ -59,16 +61,29 @@ class MmBench:
     self.files = (data_file(folder, file, _ORIGIN),)
     self._rows: dict[str, dict[str, str]] = {}
     for where, row in self._table():
-      if not row["index"].isdecimal():
-        raise DataError(f"{where}: index {row['index']!r}, expected a number")
+      if not re.fullmatch("[0-9]{1,15}", row["index"]):
+        raise DataError(
+          f"{where}: column index",
+          shorten(row["index"]),
+          "a number",
+          f"take the official file; {_ORIGIN}",
+        )
       without_image = {k: v for k, v in row.items() if k != "image"}
       add_unique(self._rows, row["index"], without_image, where)
     if not self._rows:
-      raise DataError(f"{self.files[0]}: is empty; {_ORIGIN}")
+      raise DataError(
+        self.files[0],
+        "nothing in it",
+        "questions",
+        f"take the official file; {_ORIGIN}",
+      )
     for index in self._rows:
       if str(_original(index)) not in self._rows:
         raise DataError(
-          f"{self.files[0]}: rotation {index} of a question that is not there"
+          self.files[0],
+          f"rotation {index} of a question that is not there",
+          "every question in all rotations",
+          f"take the official file; {_ORIGIN}",
         )
     secret = [i for i, row in self._rows.items() if not row.get("answer")]
     self._scored = not secret
@@ -76,8 +91,10 @@ class MmBench:
       self.headline = ""
     if 0 < len(secret) < len(self._rows):
       raise DataError(
-        f"{self.files[0]}: no answer in the row of index {secret[0]}, though "
-        f"others have one; {_ORIGIN}"
+        self.files[0],
+        f"no answer in the row of index {secret[0]}",
+        "one in every row, or in none",
+        f"take the official file; {_ORIGIN}",
       )
 
   def _table(self) -> Iterator[tuple[str, dict[str, str]]]:
@@ -153,7 +170,7 @@ class MmBench:
       cells.insert(_PREDICTION_COLUMN, predictions[index])
       rows.append(cells)
     path = folder / f"{self.files[0].stem}.xlsx"
-    write_xlsx(path, rows)
+    write_atomic(path, xlsx(rows))
     return [path]
 
 

@@ -5,7 +5,8 @@ import os
 import pathlib
 from collections.abc import Iterator, Mapping
 
-from vocojax.errors import DataError
+from vocojax.core.files import path_inside, remedy, write_atomic
+from vocojax.errors import DataError, shorten
 from vocojax.evals.benchmarks.base import (
   SHORT_ANSWER,
   Question,
@@ -63,9 +64,9 @@ class Mme:
     # By subtask and name of the official text file: {id: line}.
     self._images: dict[tuple[str, str], dict[str, dict]]
     self._images = collections.defaultdict(dict)
-    fields = ("question_id", "image", "text")
+    fields = {"question_id": str, "image": str, "text": str}
     for where, line in read_jsonl(asked, fields, LLAVA_EVAL):
-      path = str(line["question_id"])
+      path = line["question_id"]
       subtask, _, name = path.partition("/")
       file = name.rpartition("/")[2].partition(".")[0] + ".txt"
       pair = self._images[subtask, file]
@@ -73,7 +74,12 @@ class Mme:
     found = {subtask for subtask, _ in self._images}
     for subtask in PERCEPTION + COGNITION:
       if subtask not in found:
-        raise DataError(f"{asked}: no question of {subtask}; {LLAVA_EVAL}")
+        raise DataError(
+          asked,
+          f"no question of {subtask}",
+          "all subtasks",
+          f"take the official file; {LLAVA_EVAL}",
+        )
     for key, pair in self._images.items():
       self._pair(*key, pair)
 
@@ -82,20 +88,26 @@ class Mme:
     where = next(iter(pair.values()))["where"]
     if len(pair) != 2:
       raise DataError(
-        f"{where}: {subtask}/{file} has {len(pair)} questions, expected 2; "
-        f"{LLAVA_EVAL}"
+        where,
+        f"{len(pair)} questions about {subtask}/{file}",
+        "two",
+        f"take the official file; {LLAVA_EVAL}",
       )
-    folder = f"{_RELEASE}/{subtask}"
-    if (self._release / subtask / "questions_answers_YN").is_dir():
-      folder += "/questions_answers_YN"
-    path = data_file(self.files[0].parent, f"{folder}/{file}", _MME)
+    with remedy(f"take the official file; {LLAVA_EVAL}"):
+      folder = path_inside(self._release, subtask, f"{where}: question_id")
+    if os.path.isdir(folder / "questions_answers_YN"):
+      folder /= "questions_answers_YN"
+    path = data_file(folder, file, _MME)
     self.files += (path,)
     official = dict(_answers(path))
     for line in pair.values():
       key = _bare(line["text"])
       if key not in official:
         raise DataError(
-          f"{line['where']}: asks {key!r}, which is not in {path}; {_MME}"
+          line["where"],
+          f"question {shorten(key)}, which is not in {path}",
+          "one that is",
+          f"take the official files; {_MME}",
         )
       line["question"], line["answer"] = official[key]
 
@@ -109,7 +121,11 @@ class Mme:
       yield Question(
         id=id_,
         prompt=line["text"],
-        images=(image_file(self._release, line["image"], _MME),),
+        images=(
+          image_file(
+            self._release, line["image"], f"{line['where']}: image", _MME
+          ),
+        ),
         reference={"answer": line["answer"].lower(), "category": subtask},
       )
 
@@ -150,7 +166,7 @@ class Mme:
     paths = []
     for subtask, lines in texts.items():
       paths.append(folder / f"{subtask}.txt")
-      paths[-1].write_text("".join(lines), encoding="utf-8")
+      write_atomic(paths[-1], "".join(lines))
     return paths
 
 
@@ -184,7 +200,9 @@ def _answers(path: pathlib.Path) -> Iterator[tuple[str, tuple[str, str]]]:
       question, _, answer = line.strip().partition("\t")
       if answer.lower() not in ("yes", "no"):
         raise DataError(
-          f"{path}:{number}: found {line.strip()[-60:]!r}, expected a "
-          f"question, a tab and Yes or No; {_MME}"
+          f"{path}:{number}",
+          shorten(line.strip()[-50:]),
+          "a question, a tab and Yes or No",
+          f"take the official file; {_MME}",
         )
       yield _bare(question), (question, answer)

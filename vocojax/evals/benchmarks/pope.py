@@ -4,9 +4,10 @@ import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 
-from vocojax.errors import DataError
+from vocojax.errors import DataError, shorten
 from vocojax.evals.benchmarks.base import Question, Score, image_file
 from vocojax.evals.benchmarks.files import (
+  ID,
   LLAVA_EVAL,
   add_unique,
   data_file,
@@ -43,14 +44,16 @@ class Pope:
     self._images = asked.parent / "val2014"
     self._questions: dict[str, dict] = {}
     by_category: dict[str, list[str]] = {name: [] for name in CATEGORIES}
-    fields = ("question_id", "image", "text", "category")
+    fields = {"question_id": ID, "image": str, "text": str, "category": str}
     for where, line in read_jsonl(asked, fields, LLAVA_EVAL):
       id_ = str(line["question_id"])
       add_unique(self._questions, id_, line, where)
       if line["category"] not in by_category:
         raise DataError(
-          f"{where}: category {line['category']!r}, expected one of "
-          f"{', '.join(CATEGORIES)}; {LLAVA_EVAL}"
+          f"{where}: field category",
+          shorten(line["category"]),
+          f"one of {', '.join(CATEGORIES)}",
+          f"take the official file; {LLAVA_EVAL}",
         )
       by_category[line["category"]].append(id_)
     self.files: tuple[pathlib.Path, ...] = (asked,)
@@ -61,28 +64,33 @@ class Pope:
       self._pair(path, ids)
 
   def _pair(self, path: pathlib.Path, ids: list[str]) -> None:
-    lines = list(read_jsonl(path, ("image", "label"), _POPE))
+    fields = {"image": str, "label": str}
+    lines = list(read_jsonl(path, fields, _POPE))
     if len(lines) != len(ids):
       raise DataError(
-        f"{path}: found {len(lines)} labels, expected {len(ids)}, one for each "
-        f"question in {self.files[0]}; {_POPE}"
+        path,
+        f"{len(lines):,} labels",
+        f"{len(ids):,}, one for each question in {self.files[0]}",
+        f"take the official file; {_POPE}",
       )
     for id_, (where, line) in zip(ids, lines, strict=True):
       image = self._questions[id_]["image"]
       if line["image"] != image or line["label"] not in ("yes", "no"):
         raise DataError(
-          f"{where}: found image {line['image']} and label "
-          f"{line['label']!r}, expected {image} of question {id_} and yes or "
-          f"no; {_POPE}"
+          where,
+          f"image {shorten(line['image'])} and label {shorten(line['label'])}",
+          f"{shorten(image)}, as question {id_} asks, and yes or no",
+          f"take the official file; {_POPE}",
         )
       self._labels[id_] = line["label"]
 
   def questions(self) -> Iterator[Question]:
     for id_, line in self._questions.items():
+      where = f"{self.files[0]}: question {id_}: image"
       yield Question(
         id=id_,
         prompt=line["text"],
-        images=(image_file(self._images, line["image"], _COCO),),
+        images=(image_file(self._images, line["image"], where, _COCO),),
         reference={"answer": self._labels[id_], "category": line["category"]},
       )
 

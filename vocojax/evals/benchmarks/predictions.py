@@ -4,16 +4,15 @@ A line has the keys of LLaVA's answer files: question_id, prompt, text and
 model_id. `model_id` says what answered; a file is resumed by nothing else.
 """
 
-import json
-import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vocojax.errors import DataError
+from vocojax.core.files import get_field
+from vocojax.core.journal import Journal, read_journal
+from vocojax.errors import DataError, shorten
 
-_KEYS = ("question_id", "text")  # what a line must have
-_CUT = object()  # in place of what a line holds
+_DELETE = "delete the line and run the evaluation again"
 
 
 class PredictionWriter:
@@ -34,53 +33,41 @@ class PredictionWriter:
       model_id: what answers: checkpoint, settings, prompt layout.
 
     Raises:
-      DataError: another model answered, or a line other than the last one is
-        bad.
+      DataError: another model answered, a line other than the last one is bad,
+        or the file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     self.answered: dict[str, str] = {}
     self._model_id = model_id
-    keep = 0
-    for where, end, entry in _lines(path) if path.exists() else ():
-      if entry is _CUT:
-        break
+    self._journal = Journal(path)
+    for where, entry in self._journal.entries:
       _add(self.answered, where, entry)
       found = entry.get("model_id")
       if found != model_id:
         raise DataError(
-          f"{where}: answered by {found!r}, expected {model_id!r}; delete the "
-          "file or choose another folder"
+          f"{where}: field model_id",
+          shorten(found, 300),
+          repr(model_id),
+          "delete the file or choose another folder",
         )
-      keep = end
-    self._file = path.open("ab")
-    self._file.truncate(keep)
-    self._file.seek(0, os.SEEK_END)
-    if keep and not path.read_bytes().endswith(b"\n"):
-      self._file.write(b"\n")
-
-  def __enter__(self) -> "PredictionWriter":
-    return self
-
-  def __exit__(self, *exception) -> None:
-    self._file.close()
+    self._journal.drop_cut()
 
   def add(self, id: str, prompt: str, text: str) -> None:
     """Writes one answer, which is on disk when this returns.
 
     Raises:
       ValueError: the question was answered before.
+      DataError: there is no room for it.
     """
     if id in self.answered:
       raise ValueError(f"question {id!r} has an answer")
-    entry = {
-      "question_id": id,
-      "prompt": prompt,
-      "text": text,
-      "model_id": self._model_id,
-    }
-    # Escaped to ASCII: no character can then look like the end of a line.
-    self._file.write(json.dumps(entry).encode() + b"\n")
-    self._file.flush()
+    self._journal.add(
+      {
+        "question_id": id,
+        "prompt": prompt,
+        "text": text,
+        "model_id": self._model_id,
+      }
+    )
     self.answered[id] = text
 
 
@@ -93,14 +80,7 @@ def read_predictions(paths: Iterable[pathlib.Path]) -> dict[str, str]:
   """
   answered: dict[str, str] = {}
   for path in paths:
-    if not path.is_file():
-      raise DataError(f"{path}: no such file of answers; evaluate first")
-    for where, _, entry in _lines(path):
-      if entry is _CUT:
-        raise DataError(
-          f"{where}: the last line is cut off, expected whole lines; run the "
-          "evaluation again, which continues there"
-        )
+    for where, entry in read_journal(path):
       _add(answered, where, entry)
   return answered
 
@@ -123,56 +103,36 @@ def check_complete(
   foreign = [id_ for id_ in predictions if id_ not in ids]
   if foreign:
     raise DataError(
-      f"{where}: answers to {_some(foreign)}, which the benchmark does not "
-      "ask; give the data folder that was answered"
+      where,
+      f"answers to {_some(foreign)}, which the benchmark does not ask",
+      "answers to its questions",
+      "give the data folder that was answered, or another --out",
     )
   if missing:
     raise DataError(
-      f"{where}: no answer to {_some(missing)} of {len(ids)} questions; run "
-      "the evaluation again, which asks those"
+      where,
+      f"no answer to {_some(missing)}",
+      f"answers to all {len(ids):,} questions",
+      "run the evaluation again, which asks those",
     )
 
 
 def _some(ids: list[str]) -> str:
   more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
-  return ", ".join(ids[:3]) + more
+  return ", ".join(shorten(id_) for id_ in ids[:3]) + more
 
 
-def _lines(path: pathlib.Path) -> Iterator[tuple[str, int, Any]]:
-  """(FILE:LINE, byte after the line, object) each; `_CUT` for a cut last line.
-
-  Raises:
-    DataError: a line other than the last one is no JSON object.
-  """
-  end = 0
-  with path.open("rb") as file:
-    for number, line in enumerate(file, 1):
-      end += len(line)
-      where = f"{path}:{number}"
-      try:
-        entry = json.loads(line)
-      except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        if line.endswith(b"\n"):
-          raise DataError(
-            f"{where}: not JSON ({e}), expected an answer; delete the line "
-            "and run the evaluation again"
-          ) from e
-        entry = _CUT
-      yield where, end, entry
-
-
-def _add(answered: dict[str, str], where: str, entry) -> None:
-  if not isinstance(entry, dict) or not all(key in entry for key in _KEYS):
-    raise DataError(
-      f"{where}: found {json.dumps(entry)[:60]}, expected an object with "
-      f"{' and '.join(_KEYS)}; delete the line and run the evaluation again"
-    )
-  id_, text = str(entry["question_id"]), entry["text"]
-  if not isinstance(text, str):
-    raise DataError(f"{where}: text: found {text!r}, expected a string")
+def _add(answered: dict[str, str], where: str, entry: dict[str, Any]) -> None:
+  try:
+    id_ = str(get_field(entry, "question_id", (str, int), where))
+    text = get_field(entry, "text", str, where)
+  except DataError as e:
+    raise DataError(e.where, e.got, e.expected, _DELETE) from e
   if id_ in answered:
     raise DataError(
-      f"{where}: question {id_!r} is answered a second time, expected once; "
-      "delete one of the lines"
+      where,
+      f"question {shorten(id_)} a second time",
+      "one answer to a question",
+      "delete one of the lines",
     )
   answered[id_] = text

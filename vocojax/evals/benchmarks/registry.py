@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 
 from vocojax import config as config_lib
-from vocojax.errors import UserError
+from vocojax.errors import UserError, shorten
 from vocojax.evals.benchmarks import mmbench, video_qa
 from vocojax.evals.benchmarks.base import Benchmark
 from vocojax.evals.benchmarks.gqa import Gqa
@@ -41,9 +41,12 @@ def check_name(name: str) -> None:
   """
   names = (*IMAGE, *VIDEO)
   if name not in names:
-    near = config_lib.nearest_key(name, names).replace("key", "benchmark")
+    near = config_lib.nearest(name, names)
     raise UserError(
-      f"--benchmark={name}: unknown, expected one of {', '.join(names)}{near}"
+      "--benchmark",
+      shorten(name),
+      f"one of {', '.join(names)}",
+      f"write {near}" if near else "name one of them",
     )
 
 
@@ -66,7 +69,9 @@ def open_benchmark(
     return VIDEO[name](folder, judge)
   if judge:
     raise UserError(
-      f"--benchmark={name}: takes no judge, its rule compares strings; leave "
-      "the judge out"
+      f"--benchmark={name}",
+      "a judge",
+      "none, since its rule compares strings",
+      "leave --judge_url, --judge_model and --judge_cache out",
     )
   return IMAGE[name](folder)

@@ -8,11 +8,11 @@ question files.
 import dataclasses
 import json
 import math
-import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from vocojax.core.files import storage, write_atomic
 from vocojax.evals.benchmarks.base import Benchmark, Score
 from vocojax.evals.benchmarks.files import data_hash
 
@@ -42,6 +42,7 @@ def write_result(
   path: pathlib.Path,
   benchmark: Benchmark,
   num_questions: int,
+  num_bad: int,
   scores: Iterable[Score],
   asked: Asked,
 ) -> dict[str, Any]:
@@ -50,7 +51,8 @@ def write_result(
   Args:
     path: NAME.json.
     benchmark: what was asked.
-    num_questions: how many were answered.
+    num_questions: how many were asked.
+    num_bad: of how many the image or video could not be read.
     scores: from `benchmark.score`.
     asked: where the answers come from.
 
@@ -74,6 +76,7 @@ def write_result(
     "value": values.get(benchmark.headline),
     "scores": values,
     "num_questions": num_questions,
+    "bad_records": num_bad,
     "checkpoint": asked.checkpoint,
     "prompt_layout": asked.layout,
     "settings": dict(asked.settings),
@@ -85,8 +88,7 @@ def write_result(
     "provenance": dict(asked.provenance),
     "config": dict(asked.config),
   }
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(path.name + ".part")
-  part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-  os.replace(part, path)
+  with storage(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+  write_atomic(path, json.dumps(result, indent=1) + "\n")
   return result

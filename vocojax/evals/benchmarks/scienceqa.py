@@ -8,7 +8,7 @@ import pathlib
 import re
 from collections.abc import Iterator, Mapping
 
-from vocojax.errors import DataError
+from vocojax.errors import DataError, shorten
 from vocojax.evals.benchmarks.base import (
   OPTION_LETTER,
   Question,
@@ -17,6 +17,7 @@ from vocojax.evals.benchmarks.base import (
   image_file,
 )
 from vocojax.evals.benchmarks.files import (
+  ID,
   LLAVA_EVAL,
   add_unique,
   data_file,
@@ -56,29 +57,56 @@ class ScienceQa:
     problems = read_json(known, dict, _SQA)
     self._questions: dict[str, tuple[dict, dict]] = {}
     for i, entry in enumerate(read_json(asked, list, LLAVA_EVAL)):
-      where = f"{asked} record {i}"
-      with_fields(where, entry, ("id", "conversations"), LLAVA_EVAL)
+      where = f"{asked}: record {i}"
+      fields = {"id": ID, "conversations": list}
+      optional = {"image": (str, type(None))}
+      with_fields(where, entry, fields, LLAVA_EVAL, optional)
       if entry.get("image") is None:
         continue
-      if not entry["conversations"]:
-        raise DataError(f"{where}: conversations are empty; {LLAVA_EVAL}")
+      first = next(iter(entry["conversations"]), None)
+      with_fields(
+        f"{where}: conversations[0]", first, {"value": str}, LLAVA_EVAL
+      )
       id_ = str(entry["id"])
       if id_ not in problems:
-        raise DataError(f"{where}: id {id_!r} is not in {known}; {_SQA}")
+        raise DataError(
+          f"{where}: id",
+          f"{shorten(id_)}, which is not in {known}",
+          "one that is",
+          f"take the official file; {_SQA}",
+        )
       problem = with_fields(
-        f"{known} problem {id_}", problems[id_], ("choices", "answer"), _SQA
+        f"{known}: problem {id_}",
+        problems[id_],
+        {"choices": list, "answer": int},
+        _SQA,
+        {"subject": str},
       )
+      count = min(len(problem["choices"]), len(_LETTERS))
+      if not 0 <= problem["answer"] < count:
+        raise DataError(
+          f"{known}: problem {id_}: answer",
+          str(problem["answer"]),
+          f"one of its {count} choices, from 0",
+          f"take the official file; {_SQA}",
+        )
       add_unique(self._questions, id_, (entry, problem), where)
     if not self._questions:
-      raise DataError(f"{asked}: no question has an image; {LLAVA_EVAL}")
+      raise DataError(
+        asked,
+        "no question with an image",
+        "some",
+        f"take the official file; {LLAVA_EVAL}",
+      )
 
   def questions(self) -> Iterator[Question]:
     for id_, (entry, problem) in self._questions.items():
+      where = f"{self.files[0]}: question {id_}: image"
       text = entry["conversations"][0]["value"].replace("<image>", "").strip()
       yield Question(
         id=id_,
         prompt=text + OPTION_LETTER,
-        images=(image_file(self._images, entry["image"], _SQA),),
+        images=(image_file(self._images, entry["image"], where, _SQA),),
         reference={
           "answer": _LETTERS[problem["answer"]],
           "choices": problem["choices"],

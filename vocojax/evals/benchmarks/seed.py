@@ -8,7 +8,8 @@ import os
 import pathlib
 from collections.abc import Iterator, Mapping
 
-from vocojax.errors import DataError
+from vocojax.core.files import write_atomic
+from vocojax.errors import DataError, shorten
 from vocojax.evals.benchmarks.base import (
   Question,
   Score,
@@ -16,6 +17,7 @@ from vocojax.evals.benchmarks.base import (
   image_file,
 )
 from vocojax.evals.benchmarks.files import (
+  ID,
   LLAVA_EVAL,
   add_unique,
   data_file,
@@ -50,39 +52,51 @@ class SeedBench:
     known = data_file(folder, "SEED-Bench.json", _SEED)
     self.files = (asked, known)
     lines: dict[str, dict] = {}
-    fields = ("question_id", "image", "text")
+    fields = {"question_id": ID, "image": str, "text": str}
     for where, line in read_jsonl(asked, fields, LLAVA_EVAL):
       add_unique(lines, str(line["question_id"]), line, where)
     content = read_json(known, dict, _SEED)
-    with_fields(str(known), content, ("questions", "question_type"), _SEED)
-    with_fields(f"{known} question_type", content["question_type"], (), _SEED)
+    kinds = {"questions": list, "question_type": dict}
+    with_fields(known, content, kinds, _SEED)
+    kinds = dict.fromkeys(content["question_type"], ID)
+    with_fields(
+      f"{known}: question_type", content["question_type"], kinds, _SEED
+    )
     self._types = {id_: name for name, id_ in content["question_type"].items()}
     self._questions: dict[str, tuple[dict, dict]] = {}
-    fields = ("question_id", "answer", "data_type", "question_type_id")
+    fields = {"question_id": ID, "answer": str, "data_type": str}
+    fields |= {"question_type_id": ID}
     for i, truth in enumerate(content["questions"]):
-      where = f"{known} questions[{i}]"
+      where = f"{known}: questions[{i}]"
       with_fields(where, truth, fields, _SEED)
       id_ = str(truth["question_id"])
       if id_ not in lines or truth["question_type_id"] not in self._types:
+        type_ = shorten(truth["question_type_id"])
         raise DataError(
-          f"{where}: question {id_!r} of type {truth['question_type_id']}, "
-          f"expected one that {asked} asks, of a type that is named; {_SEED}"
+          where,
+          f"question {shorten(id_)} of type {type_}",
+          f"one that {asked} asks, of a type that is named",
+          f"take the official file; {_SEED}",
         )
       add_unique(self._questions, id_, (lines[id_], truth), where)
     if len(lines) > len(self._questions):
       foreign = next(id_ for id_ in lines if id_ not in self._questions)
       raise DataError(
-        f"{known}: found {len(self._questions):,} questions, but not "
-        f"{foreign!r} of the {len(lines):,} in {asked}, made for the first "
-        f"release (19,242 questions, in the history of the data set); {_SEED}"
+        known,
+        f"{len(self._questions):,} questions without {shorten(foreign)}",
+        f"the {len(lines):,} of {asked}",
+        "take the first release (19,242 questions, in the history of the data "
+        f"set); {_SEED}",
       )
 
   def questions(self) -> Iterator[Question]:
+    folder = self.files[0].parent
     for id_, (line, truth) in self._questions.items():
+      where = f"{self.files[0]}: question {id_}: image"
       yield Question(
         id=id_,
         prompt=line["text"],
-        images=(image_file(self.files[0].parent, line["image"], _SEED),),
+        images=(image_file(folder, line["image"], where, _SEED),),
         reference={"answer": truth["answer"], "category": self._type(truth)},
       )
 
@@ -110,5 +124,5 @@ class SeedBench:
       )
       for id_, (_, truth) in self._questions.items()
     ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_atomic(path, "\n".join(lines) + "\n")
     return [path]

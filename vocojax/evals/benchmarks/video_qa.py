@@ -9,10 +9,13 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vocojax.errors import DataError
+from vocojax.core.files import path_inside, remedy
+from vocojax.data.video import find_video
+from vocojax.errors import DataError, shorten
 from vocojax.evals.benchmarks import vqa_text
 from vocojax.evals.benchmarks.base import Question, Score, accuracies
 from vocojax.evals.benchmarks.files import (
+  ID,
   add_unique,
   data_file,
   read_json,
@@ -20,7 +23,7 @@ from vocojax.evals.benchmarks.files import (
 )
 from vocojax.evals.benchmarks.judge import Judge
 
-_FORMATS = (".mp4", ".avi", ".mov", ".mkv")
+_ANSWER = (str, int, float)
 _ORIGIN = (
   "it is among the evaluation files of LLaMA-VID, see "
   "https://github.com/dvlab-research/LLaMA-VID"
@@ -46,7 +49,8 @@ class VideoQa:
     self,
     name: str,
     files: tuple[pathlib.Path, ...],
-    questions: dict[str, tuple[Question, pathlib.Path]],
+    questions: dict[str, tuple[Question, str]],
+    folder: pathlib.Path,
     judge: Judge | None,
   ):
     """Use `msvd`, `msrvtt` or `activitynet`.
@@ -54,7 +58,9 @@ class VideoQa:
     Args:
       name: key in the registry.
       files: question and answer files.
-      questions: by id: the question, and its video without the ending.
+      questions: by id: the question, and the name of its video without the
+        ending.
+      folder: of the videos.
       judge: None for string matches alone.
     """
     self.name = name
@@ -62,11 +68,15 @@ class VideoQa:
     self.files = files
     self.judged: dict[str, Any] | None = None
     self._questions = questions
+    self._folder = folder
     self._judge = judge
 
   def questions(self) -> Iterator[Question]:
-    for question, stem in self._questions.values():
-      yield dataclasses.replace(question, video=_video_file(stem))
+    with remedy(f"take the official files; {_ORIGIN}"):
+      for id_, (question, name) in self._questions.items():
+        where = f"{self.files[0]}: question {id_}"
+        video = find_video(path_inside(self._folder, name, where))
+        yield dataclasses.replace(question, video=video)
 
   def score(self, predictions: Mapping[str, str]) -> Iterator[Score]:
     """String match; accuracy and mean score by the judge, if there is one.
@@ -113,19 +123,19 @@ def _one_file(
   name: str, folder: str | os.PathLike, judge: Judge | None
 ) -> VideoQa:
   path = data_file(folder, "test_qa.json", _ORIGIN)
-  found: dict[str, tuple[Question, pathlib.Path]] = {}
-  fields = ("video_id", "question", "answer", "id")
+  found: dict[str, tuple[Question, str]] = {}
+  fields = {"video_id": ID, "question": str, "answer": _ANSWER, "id": ID}
   for i, entry in enumerate(read_json(path, list, _ORIGIN)):
-    where = f"{path} record {i}"
+    where = f"{path}: record {i}"
     with_fields(where, entry, fields, _ORIGIN)
     question = Question(
       id=str(entry["id"]),
       prompt=entry["question"],
       reference={"answer": str(entry["answer"])},
     )
-    stem = path.parent / "video" / str(entry["video_id"])
-    add_unique(found, question.id, (question, stem), where)
-  return VideoQa(name, (path,), found, judge)
+    video = str(entry["video_id"])
+    add_unique(found, question.id, (question, video), where)
+  return VideoQa(name, (path,), found, path.parent / "video", judge)
 
 
 def activitynet(
@@ -141,42 +151,34 @@ def activitynet(
   answers = read_json(known, list, _ORIGIN)
   if len(questions) != len(answers):
     raise DataError(
-      f"{known}: found {len(answers)} answers, expected {len(questions)}, one "
-      f"for each question in {asked}; {_ORIGIN}"
+      known,
+      f"{len(answers):,} answers",
+      f"{len(questions):,}, one for each question in {asked}",
+      f"take the official files; {_ORIGIN}",
     )
-  found: dict[str, tuple[Question, pathlib.Path]] = {}
+  found: dict[str, tuple[Question, str]] = {}
   for i, (entry, truth) in enumerate(zip(questions, answers, strict=True)):
-    where = f"{asked} record {i}"
+    where = f"{asked}: record {i}"
+    fields = {"video_name": ID, "question": str, "question_id": ID}
+    with_fields(where, entry, fields, _ORIGIN)
+    where_known = f"{known}: record {i}"
     with_fields(
-      where, entry, ("video_name", "question", "question_id"), _ORIGIN
+      where_known, truth, {"answer": _ANSWER}, _ORIGIN, {"question_id": ID}
     )
-    with_fields(f"{known} record {i}", truth, ("answer",), _ORIGIN)
     id_ = str(entry["question_id"])
-    if str(truth.get("question_id", id_)) != id_:
+    if (answered := str(truth.get("question_id", id_))) != id_:
       raise DataError(
-        f"{known} record {i}: answers question {truth['question_id']}, "
-        f"expected {id_}, as {asked} is ordered; {_ORIGIN}"
+        where_known,
+        f"an answer to question {shorten(answered)}",
+        f"to {shorten(id_)}, as {asked} is ordered",
+        f"take the official files; {_ORIGIN}",
       )
     question = Question(
       id=id_,
       prompt=entry["question"],
       reference={"answer": str(truth["answer"])},
     )
-    stem = asked.parent / "all_test" / f"v_{entry['video_name']}"
-    add_unique(found, id_, (question, stem), where)
-  return VideoQa("activitynet_qa", (asked, known), found, judge)
-
-
-def _video_file(stem: pathlib.Path) -> pathlib.Path:
-  """The file of a video, whatever its format.
-
-  Raises:
-    DataError: there is none.
-  """
-  for ending in _FORMATS:
-    path = stem.with_name(stem.name + ending)
-    if path.is_file():
-      return path
-  raise DataError(
-    f"{stem}: no such video, neither {' nor '.join(_FORMATS)}; {_ORIGIN}"
-  )
+    video = f"v_{entry['video_name']}"
+    add_unique(found, id_, (question, video), where)
+  folder = asked.parent / "all_test"
+  return VideoQa("activitynet_qa", (asked, known), found, folder, judge)

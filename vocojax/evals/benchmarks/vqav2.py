@@ -9,7 +9,8 @@ import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from vocojax.errors import DataError
+from vocojax.core.files import write_atomic
+from vocojax.errors import DataError, shorten
 from vocojax.evals.benchmarks import vqa_text
 from vocojax.evals.benchmarks.base import (
   SHORT_ANSWER,
@@ -19,7 +20,9 @@ from vocojax.evals.benchmarks.base import (
   image_file,
 )
 from vocojax.evals.benchmarks.files import (
+  ID,
   LLAVA_EVAL,
+  Kind,
   add_unique,
   data_file,
   read_json,
@@ -51,23 +54,26 @@ class Vqav2:
     self.files = (asked, listed)
     self._images = asked.parent / "test2015"
     self._questions: dict[str, dict] = {}
-    fields = ("question_id", "image", "text")
+    fields = {"question_id": ID, "image": str, "text": str}
     for where, line in read_jsonl(asked, fields, LLAVA_EVAL):
       add_unique(self._questions, str(line["question_id"]), line, where)
     self._listed: dict[str, int | str] = {}
-    for where, line in read_jsonl(listed, ("question_id",), LLAVA_EVAL):
+    for where, line in read_jsonl(listed, {"question_id": ID}, LLAVA_EVAL):
       id_ = line["question_id"]
       add_unique(self._listed, str(id_), id_, where)
     foreign = [id_ for id_ in self._questions if id_ not in self._listed]
     if foreign:
       raise DataError(
-        f"{asked}: question {foreign[0]!r} is not in {listed}, which lists "
-        "test-dev among all of test; take both files again"
+        asked,
+        f"question {shorten(foreign[0])}, which is not in {listed}",
+        "questions among all of test",
+        f"take both official files; {LLAVA_EVAL}",
       )
 
   def questions(self) -> Iterator[Question]:
     for id_, line in self._questions.items():
-      image = image_file(self._images, line["image"], _COCO)
+      where = f"{self.files[0]}: question {id_}: image"
+      image = image_file(self._images, line["image"], where, _COCO)
       yield Question(id=id_, prompt=line["text"], images=(image,))
 
   def score(self, predictions: Mapping[str, str]) -> Iterable[Score]:
@@ -85,7 +91,7 @@ class Vqav2:
       }
       for key, id_ in self._listed.items()
     ]
-    path.write_text(json.dumps(entries), encoding="utf-8")
+    write_atomic(path, json.dumps(entries))
     return [path]
 
 
@@ -108,29 +114,44 @@ class Vqav2Val:
     known = data_file(folder, "v2_mscoco_val2014_annotations.json", _VQA)
     self.files = (asked, known)
     self._images = asked.parent / "val2014"
-    truths = _by_id(known, "annotations", ("answers",))
+    truths = _by_id(
+      known,
+      "annotations",
+      {"answers": list},
+      {"answer_type": str, "question_type": str},
+    )
     self._questions: dict[str, tuple[dict, dict]] = {}
-    entries = _by_id(asked, "questions", ("image_id", "question"))
+    fields = {"image_id": int, "question": str}
+    entries = _by_id(asked, "questions", fields)
     for id_, entry in entries.items():
       if id_ not in truths:
         raise DataError(
-          f"{known}: no annotation of question {id_}; take both files of val"
+          known,
+          f"no annotation of question {shorten(id_)}",
+          f"one for each question in {asked}",
+          "take both files of val",
         )
       answers = truths[id_]["answers"]
-      where = f"{known} question {id_}: answers"
+      where = f"{known}: question {id_}: answers"
       if not answers:
-        raise DataError(f"{where}: found none; {_VQA}")
+        raise DataError(
+          where,
+          "none",
+          "those of ten people",
+          f"take the official file; {_VQA}",
+        )
       for answer in answers:
-        with_fields(where, answer, ("answer",), _VQA)
+        with_fields(where, answer, {"answer": str}, _VQA)
       self._questions[id_] = entry, truths[id_]
 
   def questions(self) -> Iterator[Question]:
     for id_, (entry, truth) in self._questions.items():
       name = f"COCO_val2014_{entry['image_id']:012}.jpg"
+      where = f"{self.files[0]}: question {id_}: image_id"
       yield Question(
         id=id_,
         prompt=entry["question"] + SHORT_ANSWER,
-        images=(image_file(self._images, name, _COCO),),
+        images=(image_file(self._images, name, where, _COCO),),
         reference={"answers": [a["answer"] for a in truth["answers"]]},
       )
 
@@ -161,7 +182,7 @@ class Vqav2Val:
       }
       for id_, (entry, _) in self._questions.items()
     ]
-    path.write_text(json.dumps(entries), encoding="utf-8")
+    write_atomic(path, json.dumps(entries))
     return [path]
 
 
@@ -187,13 +208,17 @@ def _cleaned(text: str) -> str:
 
 
 def _by_id(
-  path: pathlib.Path, key: str, fields: Sequence[str]
+  path: pathlib.Path,
+  key: str,
+  fields: Mapping[str, Kind],
+  optional: Mapping[str, Kind] | None = None,
 ) -> dict[str, dict]:
   content = read_json(path, dict, _VQA)
-  entries = with_fields(str(path), content, (key,), _VQA)[key]
+  entries = with_fields(path, content, {key: list}, _VQA)[key]
+  fields = {"question_id": ID, **fields}
   found: dict[str, dict] = {}
   for i, entry in enumerate(entries):
-    where = f"{path} {key}[{i}]"
-    entry = with_fields(where, entry, ("question_id", *fields), _VQA)
+    where = f"{path}: {key}[{i}]"
+    entry = with_fields(where, entry, fields, _VQA, optional)
     add_unique(found, str(entry["question_id"]), entry, where)
   return found

@@ -1,10 +1,10 @@
-"""Writes a table as an Excel file, with the standard library alone.
+"""A table as an Excel file, with the standard library alone.
 
 An Excel file is a zip of XML files. The least that readers accept is one sheet
 of numbers and strings; it saves a dependency for one submission file.
 """
 
-import pathlib
+import io
 import re
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -47,8 +47,8 @@ _FORBIDDEN = re.compile(
 _MAX_CELL = 32_767  # characters; Excel refuses more
 
 
-def write_xlsx(path: pathlib.Path, rows: Iterable[Sequence[str | int]]) -> None:
-  """Writes rows of strings and numbers as the one sheet of an Excel file.
+def xlsx(rows: Iterable[Sequence[str | int]]) -> bytes:
+  """Rows of strings and numbers as an Excel file of one sheet.
 
   Characters that XML does not know are left out, and what exceeds the longest
   cell of Excel.
@@ -59,9 +59,11 @@ def write_xlsx(path: pathlib.Path, rows: Iterable[Sequence[str | int]]) -> None:
   sheet = (
     f'<worksheet xmlns="{_SHEETS}"><sheetData>{cells}</sheetData></worksheet>'
   )
-  with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-    for name, content in (*_FILES.items(), ("xl/worksheets/sheet1.xml", sheet)):
-      archive.writestr(name, _HEAD + content)
+  content = io.BytesIO()
+  with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+    for name, text in (*_FILES.items(), ("xl/worksheets/sheet1.xml", sheet)):
+      archive.writestr(name, _HEAD + text)
+  return content.getvalue()
 
 
 def _cell(value: str | int) -> str:
