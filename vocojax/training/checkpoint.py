@@ -11,9 +11,12 @@ half-written one is never picked up. Whoever only wants weights needs `params`,
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -21,23 +24,70 @@ import transformers
 from etils import epath
 
 from vocojax.config import HOW_COMPUTED, Config, ModelConfig
+from vocojax.core import files
+from vocojax.core.orbax_calls import orbax_call
 from vocojax.data import prompt
 from vocojax.data.tokenizer import load_tokenizer
-from vocojax.errors import CheckpointError
-from vocojax.training import state
+from vocojax.errors import (
+  CheckpointError,
+  ConfigError,
+  DataError,
+  UserError,
+  shorten,
+)
+from vocojax.training import checksums, state
 from vocojax.training.state import TrainState
 
 FOLDER = "checkpoints"
+# Files of the item `tokenizer`: the first two are written today.
+_TOKENIZER_FILES = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+)
+_JSON_BYTES = 2**28  # the largest tokenizers have a tenth of it
+_START_FROM = (
+  "use another --workdir, and config.init_from to start from its weights"
+)
 
 
 def _steps(folder: pathlib.Path) -> list[int]:
   """Steps whose checkpoint is complete, ascending."""
-  return sorted(ocp.utils.checkpoint_steps(folder))
+  try:
+    return sorted(ocp.utils.checkpoint_steps(folder))
+  except OSError as e:
+    raise CheckpointError(
+      folder, e.strerror or str(e), "a readable folder", "check its permissions"
+    ) from e
 
 
-def read_json(folder: pathlib.Path, item: str) -> dict:
-  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-    return reader.restore(folder / item)
+def read_json(folder: pathlib.Path, item: str) -> dict[str, Any]:
+  """A JSON item of a step.
+
+  Raises:
+    CheckpointError: it is missing or is no object in JSON.
+  """
+  return files.read_json(
+    folder / item / "metadata", dict, CheckpointError, _JSON_BYTES
+  )
+
+
+class _ArrayHandler(ocp.StandardCheckpointHandler):
+  """Orbax's, but each process sums the files that it wrote."""
+
+  step_folder: pathlib.Path  # what is being written, under its temporary name
+
+  async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> Any:
+    self.step_folder = pathlib.Path(directory).parent
+    written = await super().async_save(directory, *args, **kwargs)
+    own = functools.partial(checksums.write_own, directory)
+    return [ocp.future.ChainedFuture(written or [], own)]
+
+  @classmethod
+  def typestr(cls) -> str:
+    """What the checkpoint says of it: Orbax alone can read it, too."""
+    return ocp.StandardCheckpointHandler.typestr()
 
 
 class Checkpointer:
@@ -53,15 +103,33 @@ class Checkpointer:
     self._config = config
     self._layout = prompt.LAYOUTS[config.prompt.layout]
     self._tokenizer = _tokenizer_files(tokenizer)
-    self._manager = ocp.CheckpointManager(
-      self._folder.absolute(),
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=config.training.keep_checkpoints,
-        # Otherwise each host lists the folder, and file systems that hosts
-        # share may show a new checkpoint to some of them only.
-        single_host_load_and_broadcast=True,
-      ),
-    )
+    self._handler = _ArrayHandler()
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for item, handler in (
+      ("params", self._handler),
+      ("optimizer", _ArrayHandler()),
+    ):
+      registry.add(item, ocp.args.StandardSave, handler)
+      registry.add(item, ocp.args.StandardRestore, handler)
+    with orbax_call():
+      self._manager = ocp.CheckpointManager(
+        self._folder.absolute(),
+        options=ocp.CheckpointManagerOptions(
+          max_to_keep=config.training.keep_checkpoints,
+          # Otherwise each host lists the folder, and file systems that hosts
+          # share may show a new checkpoint to some of them only.
+          single_host_load_and_broadcast=True,
+          # On the first host, before the folder gets its final name.
+          async_options=ocp.AsyncOptions(
+            post_finalization_callback=self._write_checksums
+          ),
+        ),
+        handler_registry=registry,
+      )
+
+  def _write_checksums(self) -> None:
+    folder = self._handler.step_folder
+    checksums.write(folder, int(folder.name.partition(".")[0]))
 
   @property
   def latest(self) -> int | None:
@@ -85,19 +153,18 @@ class Checkpointer:
     if step in self._manager.all_steps():
       return
     optimizer = {"step": train_state.step, "state": train_state.opt_state}
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardSave(train_state.params),
-        optimizer=ocp.args.StandardSave(optimizer),
-        data=ocp.args.JsonSave({"shares": shares}),
-        config=ocp.args.JsonSave(json.loads(self._config.to_json())),
-        tokenizer=ocp.args.JsonSave(self._tokenizer),
-        layout=ocp.args.JsonSave(self._layout.stamp()),
-        # A copy: it is written later, while the original counts on.
-        progress=ocp.args.JsonSave(dict(progress)),
-      ),
+    items = ocp.args.Composite(
+      params=ocp.args.StandardSave(train_state.params),
+      optimizer=ocp.args.StandardSave(optimizer),
+      data=ocp.args.JsonSave({"shares": shares}),
+      config=ocp.args.JsonSave(json.loads(self._config.to_json())),
+      tokenizer=ocp.args.JsonSave(self._tokenizer),
+      layout=ocp.args.JsonSave(self._layout.stamp()),
+      # A copy: it is written later, while the original counts on.
+      progress=ocp.args.JsonSave(dict(progress)),
     )
+    with orbax_call():
+      self._manager.save(step, args=items)
 
   def restore(
     self, step: int, abstract: TrainState, shard_count: int
@@ -118,28 +185,26 @@ class Checkpointer:
     where = self.path(step)
     if not (where / "optimizer").is_dir():
       raise CheckpointError(
-        f"{where}: holds weights without a run to go on with; use another "
-        "--workdir, and config.init_from to start from them"
+        where,
+        "weights without a run to resume",
+        "an item optimizer",
+        _START_FROM,
       )
-    with _readable(where):
-      saved = {item: read_json(where, item) for item in ("config", "layout")}
-    # A checkpoint of before a key was made has its default.
-    config = Config.from_json(json.dumps(saved["config"]), str(where))
-    _check_same(where, config, self._config)
-    _check_layout(
-      where,
-      saved["layout"],
-      "use another --workdir, or config.init_from to start from its weights",
-    )
+    with _checked(where, step, ("config", "layout", "data", "progress")):
+      _check_same(where, _read_config(where), self._config)
+      _check_layout(where, _START_FROM)
+      shares = _reshare(where, read_shares(where), shard_count)
+      progress = read_progress(where)
     optimizer = {"step": abstract.step, "state": abstract.opt_state}
-    with _readable(where):
+    with (
+      _readable(where),
+      _checked(where, step, ("params", "optimizer"), together=True),
+    ):
       restored = self._manager.restore(
         step,
         args=ocp.args.Composite(
           params=ocp.args.StandardRestore(abstract.params),
           optimizer=ocp.args.StandardRestore(optimizer),
-          data=ocp.args.JsonRestore(),
-          progress=ocp.args.JsonRestore(),
         ),
       )
     train_state = TrainState(
@@ -147,8 +212,14 @@ class Checkpointer:
       restored["params"],
       restored["optimizer"]["state"],
     )
-    shares = _reshare(where, restored["data"]["shares"], shard_count)
-    return train_state, shares, restored["progress"]
+    if int(train_state.step) != step:
+      raise CheckpointError(
+        where / "optimizer",
+        f"step {int(train_state.step)}",
+        f"step {step}, as the folder is named",
+        "use another step, or copy this one again",
+      )
+    return train_state, shares, progress
 
   def wait(self) -> None:
     """Until what was started is on disk."""
@@ -174,10 +245,11 @@ def _reshare(path: pathlib.Path, shares: list[dict], count: int) -> list[dict]:
     if read % count == 0:
       return [{"next_record": read // count}] * count
   raise CheckpointError(
-    f"{path}: its data was read in {len(shares)} shares that are not equally "
-    f"far, as when bad records were skipped, and this run has {count}; go on "
-    "with as many hosts as wrote it, or start a new --workdir with "
-    "config.init_from"
+    f"{path}/data",
+    f"{len(shares)} shares of the data that are not equally far, as when bad "
+    "records were skipped",
+    f"shares that can be read on as {count}",
+    f"resume with as many hosts as wrote it, or {_START_FROM}",
   )
 
 
@@ -203,21 +275,26 @@ def _check_same(path: pathlib.Path, before: Config, config: Config) -> None:
       if key in [f"model.{name}" for name in HOW_COMPUTED]:
         continue  # may change when a run goes on
       raise CheckpointError(
-        f"{path}: was written with config.{key}={was!r}, this run has "
-        f"{is_now!r}; "
-        "use another --workdir, or config.init_from to start from its weights"
+        f"{path}: config.{key}",
+        shorten(was),
+        f"{shorten(is_now)}, which this run has",
+        f"set it back, or {_START_FROM}",
       )
 
 
-def _check_layout(path: pathlib.Path, saved: dict, remedy: str) -> None:
+def _check_layout(where: pathlib.Path, remedy: str) -> None:
   """The layout must give the ids that the weights were trained on."""
-  now = prompt.LAYOUTS.get(saved.get("name", ""))
+  saved = read_json(where, "layout")
+  name = files.get_field(saved, "name", str, f"{where}/layout", CheckpointError)
+  now = prompt.LAYOUTS.get(name)
   if now is None or now.stamp() != saved:
-    name, version = saved.get("name"), saved.get("version")
-    found = f"version {now.version} of it" if now else "no such layout"
     raise CheckpointError(
-      f"{path}: was written with prompt layout {name!r} version {version}, "
-      f"this vocojax has {found}; {remedy}"
+      f"{where}/layout",
+      f"prompt layout {shorten(name)} version {shorten(saved.get('version'))}",
+      f"version {now.version} of it, which this vocojax has"
+      if now
+      else "a layout that this vocojax has",
+      remedy,
     )
 
 
@@ -257,26 +334,31 @@ def find(path: str) -> tuple[pathlib.Path, int]:
   Raises:
     CheckpointError: there is no complete checkpoint.
   """
-  given = pathlib.Path(path).expanduser().absolute()  # Orbax wants it so
-  if given.name.isdigit() and given.is_dir():
+  given = files.expand_user(path, CheckpointError).absolute()
+  if given.name.isdecimal() and given.is_dir():
     folder, step = given.parent, int(given.name)
   else:
     folder = given if given.name == FOLDER else given / FOLDER
     step = None
   if not folder.is_dir():
     phases = sorted(p.parent.name for p in given.glob(f"*/{FOLDER}"))
-    hint = f"; it has the phases {', '.join(phases)}" if phases else ""
     raise CheckpointError(
-      f"{path}: no folder '{FOLDER}' in it{hint}; name the phase folder of a "
-      "workdir"
+      path,
+      f"the phases {', '.join(phases)}" if phases else f"no folder {FOLDER}",
+      "the folder of one phase",
+      f"name {given / phases[-1]}" if phases else "name a phase of a workdir",
     )
   steps = _steps(folder)
   if step is None and steps:
     step = max(steps)
   if step not in steps:
     raise CheckpointError(
-      f"{path}: no complete checkpoint, found {steps or 'none'}; "
-      "a run writes one every config.training.checkpoint_every steps"
+      path,
+      f"complete steps {steps}" if steps else "no complete step",
+      "a complete checkpoint",
+      "name another step"
+      if steps
+      else "wait: config.training.checkpoint_every says when one is written",
     )
   return folder, step
 
@@ -295,38 +377,122 @@ def load(path: str, layout: str = "") -> Loaded:
   """
   folder, step = find(path)
   where = folder / str(step)
-  items = ("config", "tokenizer", *([] if layout else ["layout"]))
-  with _readable(where):
-    saved = {item: read_json(where, item) for item in items}
-  if layout:
-    saved["config"]["prompt"]["layout"] = layout
-  else:
-    _check_layout(
-      where,
-      saved["layout"],
-      "use the vocojax that wrote it, or choose a layout with --layout",
+  if layout and layout not in prompt.LAYOUTS:
+    raise UserError(
+      "layout", shorten(layout), " or ".join(prompt.LAYOUTS), "choose one"
     )
-  with tempfile.TemporaryDirectory() as temporary:
-    for name, content in saved["tokenizer"].items():
-      (pathlib.Path(temporary) / name).write_text(json.dumps(content))
-    tokenizer = load_tokenizer(temporary)
-  config = Config.from_json(json.dumps(saved["config"]), str(where))
+  with _checked(where, step, ("config", "layout", "tokenizer")):
+    config = _read_config(where, layout)
+    if not layout:
+      _check_layout(
+        where, "use the vocojax that wrote it, or choose a layout with --layout"
+      )
+    tokenizer = _read_tokenizer(where)
   return Loaded(where, step, config, tokenizer, layout)
 
 
 @contextlib.contextmanager
-def _readable(where: pathlib.Path):
-  try:
+def _checked(
+  where: pathlib.Path, step: int, items: tuple[str, ...], together: bool = False
+) -> Iterator[None]:
+  """Around what reads `items`: they are compared with their checksums."""
+  with checksums.checked(where, step, items, together) as there:
+    if not there:
+      checksums.say_missing(where)
     yield
-  except Exception as e:
-    # Orbax raises a KeyError for an item that is not there, and one of no other
-    # type for arrays that are damaged.
-    known = (OSError, ValueError, KeyError)
-    if type(e) is not Exception and not isinstance(e, known):
-      raise
+
+
+def _read_config(where: pathlib.Path, layout: str = "") -> Config:
+  """The item `config`, with another prompt layout if one is given."""
+  values, item = read_json(where, "config"), f"{where}/config"
+  if layout:
+    files.get_field(values, "prompt", dict, item, CheckpointError)
+    values["prompt"]["layout"] = layout
+  try:
+    # A checkpoint of before a key was made has its default.
+    return Config.from_saved(values, item)
+  except ConfigError as e:
     raise CheckpointError(
-      f"{where}: cannot be read ({' '.join(str(e).split())[:200]}); use "
-      "another step"
+      e.where, e.got, e.expected, "use the vocojax that wrote the checkpoint"
+    ) from e
+
+
+def _read_tokenizer(
+  where: pathlib.Path,
+) -> transformers.PreTrainedTokenizerFast:
+  saved = read_json(where, "tokenizer")
+  for name, content in saved.items():
+    item = f"{where}/tokenizer: {shorten(name)}"
+    if name not in _TOKENIZER_FILES:
+      raise CheckpointError(
+        item,
+        "a file of this name",
+        f"only {', '.join(_TOKENIZER_FILES)}",
+        "do not use this checkpoint unless you know who made it",
+      )
+    files.check_kind(content, item, dict, CheckpointError)
+  with tempfile.TemporaryDirectory() as temporary:
+    for name, content in saved.items():
+      pathlib.Path(temporary, name).write_text(json.dumps(content))
+    try:
+      return load_tokenizer(temporary)
+    except DataError as e:
+      raise CheckpointError(
+        f"{where}/tokenizer", e.got, e.expected, "use another step"
+      ) from e
+
+
+def read_shares(where: pathlib.Path) -> list[dict[str, Any]]:
+  """How far each share of the data was read, from the item `data`.
+
+  Raises:
+    CheckpointError: it is missing or of another form.
+  """
+  item = f"{where}/data"
+  shares = files.get_field(
+    read_json(where, "data"), "shares", list, item, CheckpointError
+  )
+  for i, share in enumerate(shares):
+    name = f"{item}: shares[{i}]"
+    files.check_kind(share, name, dict, CheckpointError)
+    files.get_field(share, "next_record", int, name, CheckpointError, 0)
+  if not shares:
+    raise CheckpointError(
+      f"{item}: field shares", "none", "at least one", "use another step"
+    )
+  return shares
+
+
+def read_progress(where: pathlib.Path) -> dict[str, float]:
+  """Sums of metrics that were not logged yet, from the item `progress`.
+
+  Raises:
+    CheckpointError: it is missing or of another form.
+  """
+  sums = read_json(where, "progress")
+  for key in sums:
+    files.get_field(sums, key, float, f"{where}/progress", CheckpointError)
+  return sums
+
+
+@contextlib.contextmanager
+def _readable(where: pathlib.Path):
+  """For what Orbax reads; whatever it raises means that it cannot."""
+  try:
+    with orbax_call():
+      yield
+  except (UserError, MemoryError, jax.errors.JaxRuntimeError):
+    raise  # these are not about the checkpoint
+  except Exception as e:
+    cause: BaseException = e
+    while cause.__cause__:
+      cause = cause.__cause__
+    words = " ".join(str(cause).replace(f"{where}/", "").split())
+    raise CheckpointError(
+      where,
+      f"items that Orbax cannot read ({words[:200]})",
+      "items as they were written",
+      "use another step, or copy this one again",
     ) from e
 
 
@@ -350,16 +516,22 @@ def load_params(
   where = folder / str(step)
   wanted = state.flatten(abstract)
   handler = ocp.StandardCheckpointHandler()
-  with ocp.Checkpointer(handler) as reader, _readable(where):
+  with (
+    _readable(where),
+    _checked(where, step, ("params",), together=True),
+    ocp.Checkpointer(handler) as reader,
+  ):
     # Not from `reader`, which warns that a part is not a whole checkpoint.
     saved = state.flatten(handler.metadata(epath.Path(where) / "params").tree)
     for name in wanted.keys() & saved.keys():
       if tuple(saved[name].shape) != wanted[name].shape:
         raise CheckpointError(
-          f"{where}: {name} has shape {tuple(saved[name].shape)}, the model of "
-          f"this run ({model.llm.num_hidden_layers} layers, width "
-          f"{model.llm.hidden_size}) needs {wanted[name].shape}; use a "
-          "checkpoint of the same shape or change config.model"
+          f"{where}/params: {name}",
+          f"shape {tuple(saved[name].shape)}",
+          f"{wanted[name].shape}, which the model of this run needs "
+          f"({model.llm.num_hidden_layers} layers, width "
+          f"{model.llm.hidden_size})",
+          "use a checkpoint of the same shape, or change config.model",
         )
     # Orbax restores whole items: what is not wanted is read and dropped.
     target = {
@@ -378,10 +550,8 @@ def load_params(
 def _tokenizer_files(tokenizer) -> dict[str, dict]:
   with tempfile.TemporaryDirectory() as temporary:
     tokenizer.save_pretrained(temporary)
-    return {
-      p.name: json.loads(p.read_text())
-      for p in pathlib.Path(temporary).glob("*.json")
-    }
+    paths = [pathlib.Path(temporary, name) for name in _TOKENIZER_FILES]
+    return {p.name: files.read_json(p) for p in paths if p.is_file()}
 
 
 def write_settings(

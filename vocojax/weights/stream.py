@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 import tqdm
 
-from vocojax.training import checkpoint, state
+from vocojax.training import checkpoint, checksums, state
 from vocojax.weights.incomplete import complete, require_empty, signals_later
 from vocojax.weights.into import Plan
 from vocojax.weights.leaves import Box, Leaf
@@ -50,6 +50,7 @@ def write_checkpoint(plan: Plan, out: pathlib.Path) -> None:
       for key, box in _chunks(leaf)
     )
     run_jobs(jobs, plan.nbytes, f"writing {out}")
+    checksums.write(temporary, 0)
 
 
 def load(plan: Plan, abstract: state.Params) -> state.Params:
