@@ -16,7 +16,7 @@ import jax
 import transformers
 
 from vocojax.config import CompressorName, Config
-from vocojax.core.files import storage
+from vocojax.core.files import expand_user, storage
 from vocojax.data import prompt
 from vocojax.data.sources import Source, make_source
 from vocojax.data.tokenizer import (
@@ -51,17 +51,12 @@ def make_workdir(path: str) -> pathlib.Path:
   Raises:
     UserError: it cannot be written to.
   """
-  folder = pathlib.Path(path).expanduser().absolute()
-  try:
+  folder = expand_user(path, UserError).absolute()
+  with storage(f"--workdir={path}"):
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / ".write-test"
     probe.touch()
     probe.unlink(missing_ok=True)  # another host may have been faster
-  except OSError as e:
-    raise UserError(
-      f"--workdir={path}: cannot be written to ({e.strerror}); choose another "
-      "folder"
-    ) from e
   return folder
 
 
@@ -86,9 +81,11 @@ def tokenizer_for(
     distributed.gather(None)  # wait for it
   if not folder:
     raise ConfigError(
-      "config.data.tokenizer: not set, expected a Hugging Face tokenizer "
-      "folder; the tokenizer files of lmsys/vicuna-7b-v1.5 on the Hugging Face "
-      "hub are what LLaVA uses"
+      "config.data.tokenizer",
+      "''",
+      "a Hugging Face tokenizer folder",
+      "set it; LLaVA uses the tokenizer files of lmsys/vicuna-7b-v1.5 on the "
+      "Hugging Face hub",
     )
   try:
     return load_tokenizer(folder)
@@ -120,9 +117,10 @@ def make_model(
   vocab_size = config.model.llm.vocab_size
   if len(tokenizer) != vocab_size:
     raise ConfigError(
-      f"config.model.llm.vocab_size: found {vocab_size}, the tokenizer has "
-      f"{len(tokenizer)} tokens ({VOCO_TOKEN} included); set it to "
-      f"{len(tokenizer)}"
+      "config.model.llm.vocab_size",
+      str(vocab_size),
+      f"{len(tokenizer)}, the tokens of the tokenizer, {VOCO_TOKEN} included",
+      f"set it to {len(tokenizer)}, or choose another tokenizer",
     )
   prefix, suffix = prompt.stream_ids(
     prompt.LAYOUTS[config.prompt.layout], tokenizer

@@ -21,7 +21,8 @@ from absl import flags, logging
 
 from vocojax import cli
 from vocojax.config import Config, phases
-from vocojax.errors import UserError
+from vocojax.core import files
+from vocojax.errors import UserError, one_line
 from vocojax.health.findings import Finding, count, size
 
 _CONFIG = cli.define_config(required=False)
@@ -73,11 +74,13 @@ def _check_output(name: str, path: str | None, has_data: bool) -> None:
     return
   if not has_data:
     raise UserError(
-      f"--{name}: found no --config, which names the data; add it"
+      f"--{name}", "no --config", "one, which names the data", "add it"
     )
-  folder = pathlib.Path(path).absolute().parent
+  folder = files.expand_user(path, UserError).absolute().parent
   if not folder.is_dir():
-    raise UserError(f"--{name}={path}: no folder {folder}; make it first")
+    raise UserError(
+      f"--{name}={path}", f"no folder {folder}", "one", "make it first"
+    )
 
 
 class _Doctor:
@@ -110,8 +113,10 @@ def _import(name: str) -> Any:
     return importlib.import_module(f"vocojax.{name}")
   except Exception as e:  # such packages raise nearly anything
     raise UserError(
-      f"cannot be checked, since vocojax.{name} cannot be imported "
-      f"({type(e).__name__}: {e}); correct the packages named above"
+      f"vocojax.{name}",
+      f"{type(e).__name__}: {e}",
+      "a module that can be imported",
+      "correct the packages named above",
     ) from e
 
 
@@ -179,10 +184,13 @@ def _data(plan: tuple[Config, ...]) -> Iterator[Finding | str]:
     yield from data.findings(found, config)
     yield from data.histogram(found.lengths, config.data.max_text_length)
   if _LIST.value:
-    lines = [line for found in surveys.values() for line in found.wrong]
-    pathlib.Path(_LIST.value).write_text("".join(f"{x}\n" for x in lines))
+    lines = [one_line(x) for found in surveys.values() for x in found.wrong]
+    path = files.expand_user(_LIST.value, UserError)
+    files.write_atomic(path, "".join(f"{line}\n" for line in lines))
   if _PLOT.value:
-    data.plot(surveys, pathlib.Path(_PLOT.value))
+    path = files.expand_user(_PLOT.value, UserError)
+    with files.storage(path):
+      data.plot(surveys, path)
 
 
 def _survey(data: Any, config: Config) -> Any:

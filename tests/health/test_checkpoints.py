@@ -1,6 +1,7 @@
 """Real checkpoints, broken in every way that comes to mind."""
 
 import json
+import os
 import re
 import shutil
 
@@ -10,7 +11,7 @@ from tests.health.setups import config_of, copy, lines, python
 from vocojax.errors import CheckpointError
 from vocojax.health import checkpoints
 from vocojax.health.findings import size
-from vocojax.training import checkpoint
+from vocojax.training import checkpoint, checksums
 
 
 def test_checkpoints(folder):
@@ -19,7 +20,7 @@ def test_checkpoints(folder):
   steps = phase / "checkpoints"
   written = {p.name for p in (steps / "5").iterdir() if p.is_dir()}
   assert written == {*checkpoints.WEIGHTS, *checkpoints.RUN}
-  whole = "a run to go on with, compressor voco, 267.6 KiB, all of it read: OK"
+  whole = "a run to resume, compressor voco, 267.6 KiB, all of it read: OK"
   unread = whole.replace("all of it", "arrays not").replace(
     ": OK", ", --thorough does: OK"
   )
@@ -42,6 +43,7 @@ def test_weights_without_a_run(folder, tmp_path):
   _, steps = copy(folder, tmp_path)
   for item in checkpoints.RUN:
     shutil.rmtree(steps / "5" / item)
+  checksums.write(steps / "5", 5)
   (found,) = checkpoints.check(steps / "5")
   assert found.status == "OK"
   assert "weights without a run, compressor voco, 89.2 KiB" in found.found
@@ -54,42 +56,96 @@ def test_item_missing(folder, tmp_path, item):
   before = sorted(steps.rglob("*"))
   found = lines(checkpoints.check(phase))
   assert found[1] == (
-    f"checkpoint {steps}/5: lacks {item}: error: move this folder away; the "
-    "run then goes on from step 3"
+    f"checkpoint {steps}/5: got no {item}, expected all items: error: copy it "
+    "again, or move it away; without this folder the run resumes from step 3"
   )
   assert found[0].endswith(": OK")
   assert sorted(steps.rglob("*")) == before
 
 
-def data_state(step):
-  (path,) = (p for p in (step / "data").iterdir() if "commit" not in p.name)
-  return path
+def unsummed(step):
+  (step / checksums.FILE).unlink()
 
 
+@pytest.mark.parametrize("summed", [True, False])
 @pytest.mark.parametrize(
-  "damage",
+  "name, content",
   [
-    lambda step: (step / "params/manifest.ocdbt").unlink(),
-    lambda step: (step / "optimizer/_METADATA").write_text("{"),
-    lambda step: (step / "progress/metadata").write_text("{"),
-    lambda step: data_state(step).write_text("{"),
-    lambda step: (step / "config/metadata").write_text("{}"),
+    ("params/manifest.ocdbt", None),
+    ("optimizer/_METADATA", b"{"),
+    ("optimizer/_METADATA", b'{"tree_metadata": {"a": 1}}'),
+    ("params/_METADATA", b'{"tree_metadata": [1]}'),
+    ("progress/metadata", b"{"),
+    ("progress/metadata", b'{"loss": "1"}'),
+    ("data/metadata", b"\xff"),
+    ("data/metadata", b"[" * 100_000),
+    ("config/metadata", b"{}"),
+    ("config/metadata", b"[]"),
+    ("tokenizer/metadata", b'{"../x.json": {}}'),
+    ("tokenizer/metadata", b"7"),
+    ("layout/metadata", b'{"name": ["qa_v1"], "version": 1}'),
   ],
-  ids=["manifest", "metadata", "progress", "data", "config"],
 )
-def test_damaged(folder, tmp_path, damage):
+def test_damaged(folder, tmp_path, name, content, summed):
+  """Whether or not there are checksums, which find it first."""
   phase, steps = copy(folder, tmp_path)
-  damage(steps / "5")
-  damage(steps / "3")
+  for step in ("3", "5"):
+    (steps / step / name).unlink()
+    if content is not None:
+      (steps / step / name).write_bytes(content)
+    if not summed:
+      unsummed(steps / step)
   found = lines(checkpoints.check(phase, thorough=True))
   assert len(found) == 2
   for number, line in zip((3, 5), found, strict=True):
-    assert line.startswith(f"checkpoint {steps}/{number}: ")
-    assert re.search("cannot be read|not a config", line)
-    assert line.endswith(
-      ": error: move this folder away; no good step is before it, so the phase "
-      "starts anew"
-    )
+    item = name.partition("/")[0]
+    # TensorStore names no item.
+    where = "" if content is None and not summed else f"{item}.*: "
+    assert re.fullmatch(
+      f"checkpoint {steps}/{number}: {where}got .*, expected .*: error: .*; "
+      "without this folder the phase starts anew",
+      line,
+    ), line
+
+
+def test_pipe(folder, tmp_path):
+  """Nobody writes to it: a reader would wait for ever."""
+  _, steps = copy(folder, tmp_path)
+  for step, name in (("3", "config/metadata"), ("5", "params/_METADATA")):
+    (steps / step / name).unlink()
+    os.mkfifo(steps / step / name)
+    for _ in range(2):
+      (found,) = checkpoints.check(steps / step)
+      assert (found.status, found.found) == (
+        "error",
+        f"{name}: got a pipe, expected a regular file",
+      )
+      (steps / step / checksums.FILE).unlink(missing_ok=True)
+
+
+def test_flipped_bit(folder, tmp_path):
+  """In full, also what nothing else shows."""
+  _, steps = copy(folder, tmp_path)
+  path = max(
+    (steps / "5/optimizer").rglob("d/*"), key=lambda p: p.stat().st_size
+  )
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 4
+  path.write_bytes(content)
+  good, bad = checkpoints.check(steps)
+  assert (good.status, bad.status) == ("OK", "error")
+  name = path.relative_to(steps / "5")
+  assert bad.found == (
+    f"{name}: got damaged content, expected what was written at step 5"
+  )
+
+
+def test_no_checksums(folder, tmp_path):
+  _, steps = copy(folder, tmp_path)
+  unsummed(steps / "5")
+  (found,) = checkpoints.check(steps / "5")
+  assert found.status == "OK"
+  assert found.found.endswith(", all of it read, no checksums.json")
 
 
 # Whether training could start from a checkpoint whose files are gone or cut,
@@ -124,6 +180,7 @@ def test_files_of_arrays(folder, tmp_path):
   step = steps / "5"
   paths = sorted((step / "params").glob("**/d/*"))
   verdicts = []
+  unsummed(step)  # which find all
   for path in paths:
     content = path.read_bytes()
     for cut in (False, True):
@@ -159,8 +216,9 @@ def test_half_written(folder, tmp_path):
     f"checkpoint {steps}: no complete step: warning: the same command as "
     "before starts this phase anew"
   )
-  with pytest.raises(CheckpointError, match="no complete checkpoint"):
+  with pytest.raises(CheckpointError) as e:
     checkpoint.find(str(phase))
+  assert e.value.got == "no complete step"
 
 
 def test_no_such_checkpoint(tmp_path):

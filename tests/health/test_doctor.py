@@ -79,8 +79,9 @@ def test_all_of_it_broken(folder, tmp_path):
     r"pip install 'grain<0.3,>=0.2.18'",
     rf"disk of {tmp_path}/run: \S+ GiB free, the checkpoints of this run take "
     r"up to \S+ GiB: error: free some space, .*",
-    rf"checkpoint {steps}/5: lacks optimizer: error: move this folder away; "
-    "the run then goes on from step 3",
+    rf"checkpoint {steps}/5: got no optimizer, expected all items: error: copy "
+    "it again, or move it away; without this folder the run resumes from step "
+    "3",
     rf"checkpoint {steps}/7.orbax-checkpoint-tmp: half-written: warning: .*",
     rf"data of voco, missing images: 1: error: record r0: {images}/0.png: got "
     r"no such file, .*",
@@ -139,8 +140,8 @@ def test_jax_cannot_be_imported(folder, tmp_path):
   assert names == ["devices", "disk", "checkpoints", "data"]
   for line in errors[1:]:
     assert re.search(
-      r": error: cannot be checked, since vocojax\.\S+ cannot be imported "
-      r"\(AttributeError: no jaxlib\); correct the packages named above$",
+      r": error: vocojax\.\S+: got AttributeError: no jaxlib, expected a "
+      r"module that can be imported. Fix: correct the packages named above$",
       line,
     ), line
   assert any(line.startswith("host memory: ") for line in found)
@@ -151,7 +152,7 @@ def test_jax_cannot_be_imported(folder, tmp_path):
   [
     (
       ["--plot=x.png"],
-      "--plot: found no --config, which names the data; add it",
+      "--plot: got no --config, expected one, which names the data. Fix: ",
     ),
     (["--config.seed=1"], "--config.seed: needs --config=FILE as well; "),
     (["--config=none.py"], "--config=none.py: no such file; "),

@@ -11,7 +11,7 @@ import vocojax
 from tests import runs
 from tests.inference import engines
 from vocojax.errors import CheckpointError, UserError
-from vocojax.training import checkpoint
+from vocojax.training import checkpoint, checksums
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +23,7 @@ def folder(tmp_path_factory):
   checkpoint.write_settings(where, config, words)
   with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
     writer.save(where / "params", args=ocp.args.StandardSave(params))
+  checksums.write(where, 0)
   return folder
 
 
@@ -86,26 +87,36 @@ def test_other_compressors(folder):
 
 
 @pytest.mark.parametrize(
-  "options, error, where",
+  "options, where, got",
   [
-    ({"num_voco_tokens": 4}, UserError, "num_voco_tokens"),
-    ({"num_voco_tokens": 0}, UserError, "num_voco_tokens"),
+    ({"num_voco_tokens": 4}, "num_voco_tokens", "4"),
+    ({"num_voco_tokens": 0}, "num_voco_tokens", "0"),
     (
       {"num_voco_tokens": 2, "compressor": "full"},
-      UserError,
       "num_voco_tokens",
+      "2 with compressor 'full', whose tokens cannot be cut",
     ),
-    ({"compressor": "avgpool"}, CheckpointError, "FOLDER"),
-    ({"slots": 0}, UserError, "slots"),
+    (
+      {"compressor": "avgpool"},
+      "{step}: compressor",
+      "'avgpool' for a checkpoint trained with 'voco'",
+    ),
+    ({"layout": "vicuna"}, "layout", "'vicuna'"),
+    ({"slots": 0}, "slots", "0"),
   ],
 )
-def test_errors(folder, options, error, where):
-  with pytest.raises(error) as e:
+def test_errors(folder, options, where, got):
+  with pytest.raises(UserError) as e:
     load(folder, **options)
-  assert e.value.where.startswith(where.replace("FOLDER", str(folder)))
+  assert e.value.where == where.format(step=folder / "voco/checkpoints/0")
+  assert e.value.got == got
+  assert e.value.expected and e.value.fix
 
 
 def test_no_checkpoint(tmp_path):
   with pytest.raises(CheckpointError) as e:
     vocojax.load(tmp_path)
-  assert e.value.where.startswith(str(tmp_path))
+  assert (e.value.where, e.value.got) == (
+    str(tmp_path),
+    "no folder checkpoints",
+  )

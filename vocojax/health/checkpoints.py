@@ -4,26 +4,25 @@ Reads what `training/checkpoint.py` wrote; changes and deletes nothing.
 """
 
 import itertools
-import json
 import pathlib
 import re
 import sys
 from collections.abc import Iterator
 
 import jax
-import orbax.checkpoint as ocp
 import tensorstore
 import tqdm
 
 from vocojax.config import Config
-from vocojax.errors import UserError
+from vocojax.core import files
+from vocojax.errors import CheckpointError, UserError
 from vocojax.health.findings import Finding, size
 from vocojax.models.compressors import StreamTokens
 from vocojax.models.vlm import VisionLanguageModel
-from vocojax.training import checkpoint, step
+from vocojax.training import checkpoint, checksums, step
 from vocojax.training.optimizer import make_optimizer
 
-# Items of a step: what every reader needs, and what a run needs to go on.
+# Items of a step: what every reader needs, and what a run needs to resume.
 WEIGHTS = ("params", "config", "tokenizer", "layout")
 RUN = ("optimizer", "data", "progress")
 _ARRAYS = ("params", "optimizer")
@@ -31,7 +30,7 @@ _ARRAYS = ("params", "optimizer")
 
 def folders(workdir: pathlib.Path) -> list[pathlib.Path]:
   """The folder of checkpoints of each phase."""
-  return sorted(workdir.expanduser().glob(f"*/{checkpoint.FOLDER}"))
+  return sorted(files.expand_user(workdir).glob(f"*/{checkpoint.FOLDER}"))
 
 
 def check(given: pathlib.Path, thorough: bool = False) -> Iterator[Finding]:
@@ -42,9 +41,9 @@ def check(given: pathlib.Path, thorough: bool = False) -> Iterator[Finding]:
     thorough: reads the arrays of all steps; if not, those of the newest only,
       with which a run goes on.
   """
-  given = given.expanduser()
+  given = files.expand_user(given, CheckpointError)
   folder, only = given, None
-  if given.name.isdigit() and given.parent.name == checkpoint.FOLDER:
+  if given.name.isdecimal() and given.parent.name == checkpoint.FOLDER:
     folder, only = given.parent, given.name
   elif given.name != checkpoint.FOLDER:
     folder = given / checkpoint.FOLDER
@@ -56,25 +55,27 @@ def check(given: pathlib.Path, thorough: bool = False) -> Iterator[Finding]:
       "name the phase folder of a workdir, or use --workdir for all of them",
     )
     return
-  complete = sorted(ocp.utils.checkpoint_steps(folder))
+  complete = checkpoint.steps(folder)
   if only and int(only) not in complete:
     yield _half_written(given)
     return
-  broken = {}
+  before = None if only else "the phase starts anew"
   for number in [int(only)] if only else complete:
     where = folder / str(number)
-    read = thorough or only or number == complete[-1]
-    problem, found = _check_step(where, bool(read))
-    broken[number] = (where, problem, found)
-  good = [number for number, (_, problem, _) in broken.items() if not problem]
-  for number, (where, problem, found) in broken.items():
-    before = max((n for n in good if n < number), default=None)
-    yield Finding(
-      f"checkpoint {where}",
-      problem or found,
-      "error" if problem else "OK",
-      f"move this folder away; {_instead(before)}" if problem else "",
-    )
+    read = thorough or bool(only) or number == complete[-1]
+    try:
+      yield Finding(f"checkpoint {where}", _check_step(where, number, read))
+    except UserError as e:
+      inside = e.where.removeprefix(str(where)).strip("/: ")
+      found = f"got {e.got}, expected {e.expected}"
+      yield Finding(
+        f"checkpoint {where}",
+        f"{inside}: {found}" if inside else found,
+        "error",
+        e.fix + (f"; without this folder {before}" if before else ""),
+      )
+    else:
+      before = before and f"the run resumes from step {number}"
   if only:
     return
   names = {str(number) for number in complete}
@@ -90,12 +91,6 @@ def check(given: pathlib.Path, thorough: bool = False) -> Iterator[Finding]:
     )
 
 
-def _instead(before: int | None) -> str:
-  if before is None:
-    return "no good step is before it, so the phase starts anew"
-  return f"the run then goes on from step {before}"
-
-
 def _half_written(path: pathlib.Path) -> Finding:
   return Finding(
     f"checkpoint {path}",
@@ -105,65 +100,89 @@ def _half_written(path: pathlib.Path) -> Finding:
   )
 
 
-def _check_step(where: pathlib.Path, read: bool) -> tuple[str, str]:
-  """What is wrong with a step ('' if nothing), and what it is."""
+def _check_step(where: pathlib.Path, number: int, read: bool) -> str:
+  """What a step is.
+
+  Raises:
+    UserError: something is wrong with it.
+  """
   has = {item for item in (*WEIGHTS, *RUN) if (where / item).is_dir()}
-  # Weights that were converted come without a run.
-  expected = WEIGHTS + (RUN if has & set(RUN) else ())
+  is_run = bool(has & set(RUN))  # converted weights come without one
+  expected = WEIGHTS + (RUN if is_run else ())
   if missing := [item for item in expected if item not in has]:
-    return f"lacks {', '.join(missing)}", ""
+    raise CheckpointError(
+      where,
+      f"no {' and no '.join(missing)}",
+      "all items",
+      "copy it again, or move it away",
+    )
+  config = checkpoint.load(str(where)).config
+  items = [path.name for path in where.iterdir() if path.is_dir()]
+  if not read:
+    items = [item for item in items if item not in _ARRAYS]
   try:
-    loaded = checkpoint.load(str(where))
-    if has & set(RUN):
-      checkpoint.read_json(where, "progress")
-      for part in (where / "data").iterdir():
-        if part.name != "commit_success.txt":  # Orbax' own mark
-          json.loads(part.read_text())
-    arrays = [
-      x for item in _ARRAYS if item in has for x in _arrays(where / item)
-    ]
-    if read:
-      _read(arrays, where)
-  except UserError as e:
-    return str(e).removeprefix(f"{where}: ").partition("; use another")[0], ""
-  except (OSError, ValueError, KeyError) as e:
-    return f"cannot be read ({' '.join(str(e).split())[:300]})", ""
-  kind = "a run to go on with" if has & set(RUN) else "weights without a run"
+    with checksums.checked(where, number, items) as summed:
+      if is_run:
+        checkpoint.read_progress(where)
+        checkpoint.read_shares(where)
+      arrays = [
+        x for item in _ARRAYS if item in has for x in _arrays(where / item)
+      ]
+      if read:
+        _read(arrays, where)
+  except (OSError, ValueError) as e:  # TensorStore's
+    words = " ".join(str(e).replace(f"{where}/", "").split())
+    raise CheckpointError(
+      where,
+      f"arrays that cannot be read ({words[:200]})",
+      "arrays as they were written",
+      "copy it again",
+    ) from e
+  kind = "a run to resume" if is_run else "weights without a run"
   much = size(sum(map(_nbytes, arrays)))
   how = "all of it read" if read else "arrays not read, --thorough does"
-  compressor = loaded.config.model.compressor.name
-  return "", f"{kind}, compressor {compressor}, {much}, {how}"
+  if not summed:
+    how += f", no {checksums.FILE}"
+  return f"{kind}, compressor {config.model.compressor.name}, {much}, {how}"
 
 
 def _arrays(item: pathlib.Path) -> list[tensorstore.TensorStore]:
   """The arrays of an item, not read yet.
 
   Raises:
+    CheckpointError: Orbax' list of them is not one.
     ValueError: one cannot be opened.
-    KeyError: Orbax' list of them is not one.
   """
   # Not with Orbax' reader: where one array cannot be opened, it leaves those
   # that it was opening to complain later.
-  tree = json.loads((item / "_METADATA").read_text())["tree_metadata"]
-  names = [
-    ".".join(part["key"] for part in leaf["key_metadata"])
-    for leaf in tree.values()
-    if leaf["value_metadata"]["value_type"] in ("jax.Array", "np.ndarray")
-  ]
-  base = {"driver": "ocdbt", "base": f"file://{item.absolute()}/"}
-  return [
-    tensorstore.open(
-      {
-        "driver": "zarr",
-        "kvstore": base | {"path": f"{name}/"},
-        # What is not there would be read as zeros.
-        "fill_missing_data_reads": False,
-      },
-      open=True,
-      read=True,
-    ).result()
-    for name in names
-  ]
+  where = item / "_METADATA"
+  content = files.read_json(where, dict, CheckpointError)
+  try:
+    names = [
+      ".".join(part["key"] for part in leaf["key_metadata"])
+      for leaf in content["tree_metadata"].values()
+      if leaf["value_metadata"]["value_type"] in ("jax.Array", "np.ndarray")
+    ]
+  except (KeyError, TypeError, AttributeError) as e:
+    raise CheckpointError(
+      where, "no list of arrays", "what Orbax writes", "copy it again"
+    ) from e
+  arrays = []
+  for name in names:
+    path = files.path_inside(item.absolute(), name, where, CheckpointError)
+    # Converted weights are one folder an array, others one store of all.
+    folder = {"driver": "file", "path": f"{path}/"}
+    if content.get("use_ocdbt", True):
+      base = {"driver": "file", "path": f"{item.absolute()}/"}
+      folder = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+    spec = {
+      "driver": "zarr",
+      "kvstore": folder,
+      # What is not there would be read as zeros.
+      "fill_missing_data_reads": False,
+    }
+    arrays.append(tensorstore.open(spec, open=True, read=True).result())
+  return arrays
 
 
 def _nbytes(array: tensorstore.TensorStore) -> int:

@@ -6,6 +6,8 @@ Read next: versions.py, machine.py, checkpoints.py, data.py.
 import dataclasses
 from typing import Literal
 
+from vocojax.errors import one_line
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -26,7 +28,7 @@ class Finding:
   def __str__(self) -> str:
     end = f"{self.status}: {self.remedy}" if self.remedy else self.status
     parts = (self.check, self.found, end)
-    return " ".join(": ".join(p for p in parts if p).split())
+    return one_line(": ".join(p for p in parts if p))
 
 
 def count(number: int, what: str) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import psutil
 
 from vocojax.config import Config
+from vocojax.core import files
 from vocojax.health.findings import Finding, size
 
 # JAX starts in a process of its own: a driver may hang or abort, and memory
@@ -135,7 +136,7 @@ def disk(workdir: pathlib.Path, needed: int = 0) -> Finding:
     workdir: it need not exist yet, and is not created.
     needed: bytes that the run will write; 0 if unknown.
   """
-  folder = workdir.expanduser().absolute()
+  folder = files.expand_user(workdir).absolute()
   while not folder.exists():
     folder = folder.parent
   check = f"disk of {workdir}"

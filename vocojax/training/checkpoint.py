@@ -52,7 +52,7 @@ _START_FROM = (
 )
 
 
-def _steps(folder: pathlib.Path) -> list[int]:
+def steps(folder: pathlib.Path) -> list[int]:
   """Steps whose checkpoint is complete, ascending."""
   try:
     return sorted(ocp.utils.checkpoint_steps(folder))
@@ -348,16 +348,16 @@ def find(path: str) -> tuple[pathlib.Path, int]:
       "the folder of one phase",
       f"name {given / phases[-1]}" if phases else "name a phase of a workdir",
     )
-  steps = _steps(folder)
-  if step is None and steps:
-    step = max(steps)
-  if step not in steps:
+  complete = steps(folder)
+  if step is None and complete:
+    step = max(complete)
+  if step not in complete:
     raise CheckpointError(
       path,
-      f"complete steps {steps}" if steps else "no complete step",
+      f"complete steps {complete}" if complete else "no complete step",
       "a complete checkpoint",
       "name another step"
-      if steps
+      if complete
       else "wait: config.training.checkpoint_every says when one is written",
     )
   return folder, step
