@@ -18,8 +18,8 @@ import transformers
 
 from tests import runs
 from tests.weights import published
-from vocojax.errors import WeightsError
-from vocojax.training import checkpoint
+from vocojax.errors import CheckpointError, WeightsError
+from vocojax.training import checkpoint, checksums
 from vocojax.weights import check, into, stream
 from vocojax.weights.source import Request
 
@@ -76,13 +76,18 @@ def test_there_and_back_with_check(program, models, tmp_path):
   assert "2 tokens `<voco>` (id 31)" in readme
   assert "not even `<s>`" in readme
 
-  # --check notices one value that is wrong.
   chunk = out / "checkpoints" / "0" / "params" / "llm.norm.scale" / "0"
   values = np.fromfile(chunk, np.uint8)
   values[1] ^= 0x80  # the sign of the first
   values.tofile(chunk)
+  plan = into.make_plan(Request(source=str(source)))
+  with pytest.raises(CheckpointError) as e:
+    check.compare(plan, str(out))
+  assert (e.value.where, e.value.got) == (str(chunk), "damaged content")
+  # --check notices one value that was wrong from the start.
+  checksums.write(out / "checkpoints" / "0", 0)
   with pytest.raises(WeightsError) as e:
-    check.compare(into.make_plan(Request(source=str(source))), str(out))
+    check.compare(plan, str(out))
   assert e.value.where == str(out)
   assert e.value.got.startswith(f"logits that differ from those of {source}")
 

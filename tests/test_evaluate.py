@@ -20,7 +20,7 @@ from vocojax.data import pipeline
 from vocojax.data.sources import make_source
 from vocojax.errors import CheckpointError, UserError
 from vocojax.models.vlm import VisionLanguageModel
-from vocojax.training import checkpoint, loop
+from vocojax.training import checkpoint, checksums, loop
 
 TAIL = """\
   c.training.update(steps=60, evaluate=True)
@@ -342,14 +342,15 @@ def test_another_prompt_layout_must_be_chosen(folder, tmp_path):
   where = tmp_path / "copy/voco/checkpoints/60"
   layout = {"name": "qa_v1", "version": 7}
   (where / "layout" / "metadata").write_text(json.dumps(layout))
+  checksums.write(where, 60)
   flags = ["vocojax.evaluate", f"--checkpoint={tmp_path}/copy/voco"]
   process = runs.start_cached(folder, *flags)
   out, err = process.communicate(timeout=280)
   assert (process.returncode, out) == (2, "")
   assert err == (
-    f"error: {where}: was written with prompt layout 'qa_v1' version 7, this "
-    "vocojax has version 1 of it; use the vocojax that wrote it, or choose a "
-    "layout with --layout\n"
+    f"error: {where}/layout: got prompt layout 'qa_v1' version 7, expected "
+    "version 1 of it, which this vocojax has. Fix: use the vocojax that wrote "
+    "it, or choose a layout with --layout\n"
   )
   process = runs.start_cached(folder, *flags, "--layout=qa_v1")
   out, err = process.communicate(timeout=280)

@@ -219,7 +219,7 @@ def test_a_teacher_that_saw_no_patches(folder):
   checkpoints.close()
   for path, words in (
     (phase.folder, "compressor.name 'voco', expected 'full'; name a phase"),
-    (folder / "gone", "no folder 'checkpoints'"),
+    (folder / "gone", "got no folder checkpoints"),
   ):
     config = _config(folder, distill_weight=WEIGHT, teacher=str(path))
     with pytest.raises(CheckpointError, match=words):

@@ -8,7 +8,6 @@ checkpoint is damaged.
 
 import asyncio
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,15 +17,12 @@ from collections.abc import Iterator
 def orbax_call() -> Iterator[None]:
   """Around a call of Orbax: nothing of it is left running at its end.
 
-  Ctrl-C waits for the end; a second one ends the process at once.
-
-  Raises:
-    KeyboardInterrupt: Ctrl-C came; also where the block fails after it.
+  Signals wait as in `signals_later`.
   """
   before = asyncio.get_event_loop_policy()
   asyncio.set_event_loop_policy(_Policy())
   try:
-    with _interrupts_later():
+    with signals_later():
       yield
   finally:
     asyncio.set_event_loop_policy(before)
@@ -46,25 +42,30 @@ class _Policy(asyncio.DefaultEventLoopPolicy):
 
 
 @contextlib.contextmanager
-def _interrupts_later() -> Iterator[None]:
-  before = signal.getsignal(signal.SIGINT)
-  main = threading.current_thread() is threading.main_thread()
-  if before is not signal.default_int_handler or not main:
+def signals_later() -> Iterator[None]:
+  """Ctrl-C and SIGTERM wait for the end of a block; a second one kills."""
+  if threading.current_thread() is not threading.main_thread():
     yield
     return
+  numbers = (signal.SIGINT, signal.SIGTERM)
+  handlers = {n: signal.getsignal(n) for n in numbers}
   caught = []
 
   def note(number, frame):
     del frame
     if caught:
       signal.signal(number, signal.SIG_DFL)
-      os.kill(os.getpid(), number)
+      signal.raise_signal(number)
     caught.append(number)
 
-  signal.signal(signal.SIGINT, note)
+  # SIG_DFL ends the process in the kernel, SIG_IGN is what was asked for.
+  for number, handler in handlers.items():
+    if callable(handler):
+      signal.signal(number, note)
   try:
     yield
   finally:
-    signal.signal(signal.SIGINT, before)
-    if caught:
-      raise KeyboardInterrupt
+    for number, handler in handlers.items():
+      signal.signal(number, handler)
+    for number in caught:
+      signal.raise_signal(number)

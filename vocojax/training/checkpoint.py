@@ -190,7 +190,7 @@ class Checkpointer:
         "an item optimizer",
         _START_FROM,
       )
-    with _checked(where, step, ("config", "layout", "data", "progress")):
+    with checked(where, step, ("config", "layout", "data", "progress")):
       _check_same(where, _read_config(where), self._config)
       _check_layout(where, _START_FROM)
       shares = _reshare(where, read_shares(where), shard_count)
@@ -198,7 +198,7 @@ class Checkpointer:
     optimizer = {"step": abstract.step, "state": abstract.opt_state}
     with (
       _readable(where),
-      _checked(where, step, ("params", "optimizer"), together=True),
+      checked(where, step, ("params", "optimizer"), together=True),
     ):
       restored = self._manager.restore(
         step,
@@ -381,7 +381,7 @@ def load(path: str, layout: str = "") -> Loaded:
     raise UserError(
       "layout", shorten(layout), " or ".join(prompt.LAYOUTS), "choose one"
     )
-  with _checked(where, step, ("config", "layout", "tokenizer")):
+  with checked(where, step, ("config", "layout", "tokenizer")):
     config = _read_config(where, layout)
     if not layout:
       _check_layout(
@@ -392,10 +392,10 @@ def load(path: str, layout: str = "") -> Loaded:
 
 
 @contextlib.contextmanager
-def _checked(
+def checked(
   where: pathlib.Path, step: int, items: tuple[str, ...], together: bool = False
 ) -> Iterator[None]:
-  """Around what reads `items`: they are compared with their checksums."""
+  """`checksums.checked` around what reads items; says if there are none."""
   with checksums.checked(where, step, items, together) as there:
     if not there:
       checksums.say_missing(where)
@@ -518,7 +518,7 @@ def load_params(
   handler = ocp.StandardCheckpointHandler()
   with (
     _readable(where),
-    _checked(where, step, ("params",), together=True),
+    checked(where, step, ("params",), together=True),
     ocp.Checkpointer(handler) as reader,
   ):
     # Not from `reader`, which warns that a part is not a whole checkpoint.

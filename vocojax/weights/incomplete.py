@@ -14,10 +14,10 @@ import shutil
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Iterator
 
 from vocojax.core import files
+from vocojax.core.orbax_calls import signals_later
 from vocojax.errors import WeightsError
 
 STOPPED = 143  # exit status after SIGTERM, as a shell has it: 128 + 15
@@ -41,28 +41,6 @@ def terminable() -> Iterator[None]:
     yield
   finally:
     signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def signals_later() -> Iterator[None]:
-  """Ctrl-C and SIGTERM wait for the end of this moment."""
-  if threading.current_thread() is not threading.main_thread():
-    yield
-    return
-  numbers = (signal.SIGINT, signal.SIGTERM)
-  handlers = {n: signal.getsignal(n) for n in numbers}
-  caught = []
-  # SIG_DFL ends the process in the kernel, SIG_IGN is what was asked for.
-  for number, handler in handlers.items():
-    if callable(handler):
-      signal.signal(number, lambda number, frame: caught.append(number))
-  try:
-    yield
-  finally:
-    for number, handler in handlers.items():
-      signal.signal(number, handler)
-    for number in caught[:1]:
-      signal.raise_signal(number)
 
 
 @contextlib.contextmanager

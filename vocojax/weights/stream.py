@@ -23,8 +23,9 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 import tqdm
 
+from vocojax.core.orbax_calls import orbax_call
 from vocojax.training import checkpoint, checksums, state
-from vocojax.weights.incomplete import complete, require_empty, signals_later
+from vocojax.weights.incomplete import complete, require_empty
 from vocojax.weights.into import Plan
 from vocojax.weights.leaves import Box, Leaf
 
@@ -138,7 +139,7 @@ def _write_metadata(plan: Plan, folder: pathlib.Path) -> None:
   )
   tree = state.unflatten({leaf.path: leaf for leaf in plan.leaves})
   try:
-    with signals_later():
+    with orbax_call():
       with ocp.Checkpointer(handler) as writer:
         writer.save(folder / "params", args=ocp.args.PyTreeSave(tree))
       checkpoint.write_settings(folder, plan.config, plan.tokenizer)

@@ -20,6 +20,7 @@ from etils import epath
 from jaxtyping import Shaped
 
 from vocojax.errors import CheckpointError, shorten
+from vocojax.training import checkpoint
 from vocojax.weights import files, hf, model_files, stream
 from vocojax.weights.incomplete import complete, require_empty
 from vocojax.weights.out_of import Plan, Published
@@ -127,6 +128,7 @@ def write(plan: Plan, out: pathlib.Path) -> None:
 
   Raises:
     WeightsError: OUT is not empty, or cannot be written.
+    CheckpointError: the checkpoint is damaged.
     KeyboardInterrupt: Ctrl-C; nothing is left.
   """
   require_empty(out)
@@ -141,7 +143,8 @@ def write(plan: Plan, out: pathlib.Path) -> None:
       for tensor in tensors
       for b in _blocks(tensor)
     )
-    stream.run_jobs(jobs, plan.nbytes, f"writing {out}")
+    with checkpoint.checked(plan.loaded.path, plan.loaded.step, ("params",)):
+      stream.run_jobs(jobs, plan.nbytes, f"writing {out}")
 
 
 def _blocks(tensor: Published) -> Iterator[tuple[int, int]]:
