@@ -227,6 +227,7 @@ def big_checkpoint(big, tmp_path_factory):
   step = folder / "checkpoints" / "0"
   step.mkdir(parents=True)
   stream._write_metadata(into.make_plan(Request(source=str(big))), step)
+  checksums.write(step, 0)
   return folder
 
 

@@ -286,8 +286,8 @@ def test_7b_config_says_what_is_missing(program, folder):
   )
   assert found[2] == (
     "config.data.tokenizer: got '', expected a Hugging Face tokenizer folder. "
-    "Fix: set it; LLaVA uses the tokenizer files of lmsys/vicuna-7b-v1.5 on the "
-    "Hugging Face hub"
+    "Fix: set it; LLaVA uses the tokenizer files of lmsys/vicuna-7b-v1.5 "
+    f"{hub}"
   )
   assert found[3].startswith(
     "config.init_from: found '', which lacks vision/embeddings/class_embedding "

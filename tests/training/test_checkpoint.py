@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
 
 import jax
@@ -18,7 +19,7 @@ from tests import runs
 from tests.models import builders
 from vocojax.config import load_module, phases
 from vocojax.data import pipeline
-from vocojax.errors import CheckpointError, ConfigError, UserError
+from vocojax.errors import CheckpointError, ConfigError, UserError, shorten
 from vocojax.training import (
   checkpoint,
   checksums,
@@ -375,6 +376,99 @@ def test_holds_config_and_tokenizer(saved, tmp_path):
   text = "what color is this ? <voco> nothing"
   assert loaded.tokenizer(text) == phase.tokenizer(text)
   assert loaded.tokenizer.get_vocab() == phase.tokenizer.get_vocab()
+
+
+def write_item(where, item, content):
+  """Puts other bytes where a JSON item is, as a stranger could."""
+  (where / item / "metadata").write_bytes(content)
+  (where / checksums.FILE).unlink()
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "{outside}",
+    "../{up}",
+    "tokenizer.json/../../{up}",
+    "../tokenizer.json",
+    "/etc/passwd",
+    ".bashrc",
+    "chat_template.jinja",
+    "a\0b",
+    "",
+  ],
+)
+def test_tokenizer_with_another_file(saved, tmp_path, monkeypatch, name):
+  """Opening a checkpoint writes nothing where it should not."""
+  where = copy(saved, tmp_path)
+  inside = tmp_path / "a" / "b"  # of temporary folders
+  inside.mkdir(parents=True)
+  monkeypatch.setattr(tempfile, "tempdir", str(inside))
+  name = name.format(outside=tmp_path / "evil.json", up="evil.json")
+  item = json.loads((where / "tokenizer/metadata").read_text())
+  content = json.dumps({name: {"a": 1}} | item)
+  before = sorted(tmp_path.rglob("*"))
+  write_item(where, "tokenizer", content.encode())
+  with pytest.raises(CheckpointError) as e:
+    checkpoint.load(str(where))
+  assert e.value.where == f"{where}/tokenizer: {shorten(name)}"
+  assert e.value.got == "a file of this name"
+  gone = {where / checksums.FILE}
+  assert sorted(tmp_path.rglob("*")) == sorted(set(before) - gone)
+
+
+_ANY = (b"", b"[]", b"null", b"\xff{}", b"[" * 10**6, b'{"a": 1' + b"0" * 5000)
+
+
+@pytest.mark.parametrize(
+  "item, content",
+  [
+    *(
+      (item, content)
+      for item in ("config", "layout", "tokenizer", "data", "progress")
+      for content in (*_ANY, None)
+    ),
+    ("config", b'{"model": 3}'),
+    ("config", b'{"seed": 1e999}'),
+    ("layout", b'{"name": ["qa_v1"], "version": 1}'),
+    ("layout", b'{"name": "qa_v1", "version": {"a": []}}'),
+    ("tokenizer", b"{}"),
+    ("tokenizer", b'{"tokenizer.json": []}'),
+    ("tokenizer", b'{"tokenizer.json": {}, "tokenizer_config.json": {}}'),
+    ("data", b'{"shares": {}}'),
+    ("data", b'{"shares": []}'),
+    ("data", b'{"shares": [3]}'),
+    ("data", b'{"shares": [{"next_record": "x"}]}'),
+    ("progress", b'{"loss": null}'),
+    ("progress", b'{"loss": NaN}'),
+  ],
+)
+def test_json_item_of_another_form(saved, tmp_path, item, content):
+  """None is a pipe, which nobody writes to."""
+  where = copy(saved, tmp_path)
+  write_item(where, item, content or b"")
+  if content is None:
+    (where / item / "metadata").unlink()
+    os.mkfifo(where / item / "metadata")
+  with opened(saved, tmp_path) as checkpoints:
+    with pytest.raises(CheckpointError) as e:
+      if item == "tokenizer":
+        checkpoint.load(str(where))
+      checkpoints.restore(STEP, abstract(saved[0]), 1)
+  assert e.value.where.startswith(f"{where}/{item}")
+  assert e.value.got and e.value.expected and e.value.fix
+
+
+def test_pipe_among_arrays(saved, tmp_path):
+  where = copy(saved, tmp_path)
+  for _ in range(2):  # with checksums, and without
+    (where / "params/_METADATA").unlink()
+    os.mkfifo(where / "params/_METADATA")
+    with pytest.raises(CheckpointError) as e:
+      fresh_params(saved[0].model, str(where))
+    assert e.value.where == f"{where}/params/_METADATA"
+    assert e.value.got == "a pipe"
+    (where / checksums.FILE).unlink(missing_ok=True)
 
 
 # Whether or not there are checksums, which find it first.
