@@ -438,7 +438,10 @@ def _read_tokenizer(
       return load_tokenizer(temporary)
     except DataError as e:
       raise CheckpointError(
-        f"{where}/tokenizer", e.got, e.expected, "use another step"
+        f"{where}/tokenizer",
+        e.got.replace(f"{temporary}/", ""),
+        e.expected,
+        "use another step",
       ) from e
 
 
