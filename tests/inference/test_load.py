@@ -98,8 +98,8 @@ def test_other_compressors(folder):
     ),
     (
       {"compressor": "avgpool"},
-      "{step}: compressor",
-      "'avgpool' for a checkpoint trained with 'voco'",
+      "{step}",
+      "weights trained with compressor 'voco', to be used as 'avgpool'",
     ),
     ({"layout": "vicuna"}, "layout", "'vicuna'"),
     ({"slots": 0}, "slots", "0"),
