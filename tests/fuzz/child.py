@@ -7,6 +7,7 @@ import random
 import select
 import shutil
 import signal
+import tempfile
 import time
 import traceback
 from typing import NamedTuple
@@ -86,6 +87,7 @@ def _read(
   gs.chmod(0o755)
   path = f"{gs.parent}:{os.environ['PATH']}"
   os.environ |= {"HOME": f"{room}/home", "TMPDIR": f"{room}/tmp", "PATH": path}
+  tempfile.tempdir = None  # it was looked up before
   os.chdir(room / "tmp")
   given = Input(room / "input", random.Random(f"{case}:{seed}"), right)
   try:
