@@ -206,9 +206,9 @@ _ASKED = ("q0", "q1", "7")
 
 def _make_answers(folder: pathlib.Path) -> Parts:
   right = {id_: f"m\u00fcsli {id_}\n" for id_ in _ASKED}
-  with predictions.PredictionWriter(folder / "a.jsonl", "model") as writer:
-    for id_, text in right.items():
-      writer.add(id_, "What ?", text)
+  writer = predictions.PredictionWriter(folder / "a.jsonl", "model")
+  for id_, text in right.items():
+    writer.add(id_, "What ?", text)
   return dict(right)
 
 
