@@ -7,7 +7,7 @@ import jax
 import orbax.checkpoint as ocp
 import pytest
 
-from tests import runs
+from tests import disks, runs
 from tests.evals.test_report import assert_drawn
 from vocojax import assemble
 from vocojax.config import load_module, phases
@@ -100,11 +100,25 @@ def test_images_of_a_folder(folder, look, tmp_path):
   assert found == {"voco_1.png", "voco_2.png"}
 
 
+def test_full_disk(folder, look, tmp_path):
+  with disks.mounted(tmp_path / "disk", "2M") as disk:
+    fill = disks.fill(disk, 50_000)
+    status, out, err = look("voco", f"--out={disk / 'out'}")
+    assert (status, out) == (2, "") and err.count("\n") == 1
+    assert "No space left on device" in err
+    assert not list((disk / "out").iterdir())
+    fill.unlink()
+    status, out, err = look("voco", f"--out={disk / 'out'}")
+    assert status == 0, err
+
+
 @pytest.mark.parametrize(
   ("phase", "flags", "said"),
   [
-    ("full", (), "trained with compressor 'full', expected 'voco'"),
-    ("voco", ("--images=/nowhere",), "--images=/nowhere: no such folder"),
+    ("full", (), "checkpoints/0: got compressor 'full', expected 'voco', "),
+    ("voco", ("--images=/nowhere",), "/nowhere: got no such folder, expected"),
+    ("voco", ("--out=~nosuchuser/a",), "~nosuchuser/a: got a user that does"),
+    ("voco", ("--out=/dev/null/a",), "/dev/null/a: got Not a directory, "),
   ],
 )
 def test_mistakes_are_one_line(look, tmp_path, phase, flags, said):

@@ -5,6 +5,7 @@ The program is tested in tests/test_evaluate_benchmarks.py.
 
 import base64
 import dataclasses
+import json
 
 import pytest
 
@@ -151,10 +152,11 @@ def test_bad_image_is_answered_with_nothing(folder, engine, tmp_path):
   )
 
 
-def test_question_without_text():
-  class Nothing:
-    def questions(self):
-      yield Question(id="7", prompt=" \n", images=(b"",))
-
+def test_question_without_text(tmp_path):
+  entry = {"id": 7, "video_id": "a", "question": " \n", "answer": "b"}
+  (tmp_path / "test_qa.json").write_text(json.dumps([entry]))
+  (tmp_path / "video").mkdir()
+  (tmp_path / "video" / "a.mp4").write_bytes(b"")
+  bench = registry.open_benchmark("msvd_qa", tmp_path)
   with raises(DataError, "question '7'", "no text"):
-    benchmark_answers.collect(Nothing())
+    benchmark_answers.collect(bench)

@@ -13,7 +13,7 @@ from tests.inference import engines
 from vocojax.data import pipeline
 from vocojax.data.sources import Record, make_source
 from vocojax.data.tfds import grid_vqa
-from vocojax.evals import look_plots, probe
+from vocojax.evals import look_plots, plots, probe
 
 COLORS = np.array(["blue", "green", "red", "yellow"])
 
