@@ -7,12 +7,29 @@
 Read next: configs/easyvqa_1tok.py, then models/masks.py.
 """
 
+import os
+import signal
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
   from vocojax.assemble import load as load
 
 __version__ = "0.1.0"
+
+
+def _end_interrupted(*_) -> None:
+  os.write(2, b"error: interrupted\n")
+  os._exit(130)
+
+
+# Of `python -m vocojax.X`, which imports this before X and all that X imports:
+# until `cli.run` begins, Ctrl-C has nothing to save and no trace to show.
+if (
+  sys.argv[:1] == ["-m"]
+  and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+  signal.signal(signal.SIGINT, _end_interrupted)
 
 
 def __getattr__(name: str):

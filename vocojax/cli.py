@@ -34,7 +34,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from vocojax import config as config_lib
-from vocojax.errors import ConfigError, UserError
+from vocojax.errors import ConfigError, UserError, shorten
 
 # Flags defined through this module belong to the program that defines them,
 # and so they are in its --help.
@@ -63,6 +63,18 @@ def run(
   """
   logging.use_absl_handler()
   _skip_absent_tpu()
+  before = signal.getsignal(signal.SIGINT)
+  if before is not signal.SIG_IGN:  # as that of a shell's background job is
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    _run(main, usage, arguments)
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
+def _run(
+  main: Callable[..., int | None], usage: str, arguments: bool
+) -> NoReturn:
   if {"--help", "-help", "-h"} & set(sys.argv[1:]):
     print(_help(usage))
     sys.exit(0)
@@ -74,11 +86,11 @@ def run(
       sys.exit(main(rest))
     if rest:
       raise UserError(
-        f"{' '.join(rest)}: not a flag; flags are written --name=value"
+        rest[0], "a word", "flags only", "write flags as --name=value"
       )
     sys.exit(main())
   except UserError as e:
-    message, status = " ".join(str(e).split()), 2
+    message, status = str(e), 2
   except KeyboardInterrupt as e:
     message, status = str(e) or "interrupted", 130
     _leave_compiling()
@@ -145,7 +157,9 @@ class _ConfigParser(flags.ArgumentParser):
 
   def parse(self, argument: str) -> ml_collections.ConfigDict:
     if flags.FLAGS["config"].present:
-      raise ConfigError(f"--config={argument}: given twice; give it once")
+      raise ConfigError(
+        f"--config={argument}", "it twice", "one --config", "leave one out"
+      )
     config = _load(argument)
     for override in sys.argv[1:]:
       if match := re.match(r"--?(?:no)?config\.([^=]*)", override):
@@ -161,7 +175,10 @@ def _load(path: str) -> ml_collections.ConfigDict:
   """
   if not pathlib.Path(path).is_file():
     raise ConfigError(
-      f"--config={path}: no such file; {_known_configs()} exist"
+      f"--config={path}",
+      "no such file",
+      "a config file",
+      f"choose another, such as {_known_configs()}",
     )
   try:
     config = config_lib.load_module(path)
@@ -174,13 +191,17 @@ def _load(path: str) -> ml_collections.ConfigDict:
         line = frame.lineno
     where = path if line is None else f"{path}:{line}"
     raise ConfigError(
-      f"{where}: {type(e).__name__}: {e}; a config file defines "
-      "get_config(), see configs/common.py"
+      where,
+      f"{type(e).__name__}: {e}",
+      "Python that defines get_config()",
+      "correct it; configs/common.py is an example",
     ) from e
   if not isinstance(config, ml_collections.ConfigDict):
     raise ConfigError(
-      f"{path}: get_config() returned {type(config).__name__}, expected a "
-      "ConfigDict"
+      f"{path}: get_config()",
+      type(config).__name__,
+      "a ConfigDict",
+      "return one, as configs/common.py does",
     )
   return config
 
@@ -202,18 +223,23 @@ def _prepare_key(config: ml_collections.ConfigDict, key: str) -> None:
     phase, names = names[1], names[2:]
   if not _has(config, names):
     prefix = "config" if phase is None else f"config.phase.{phase}"
-    near = config_lib.nearest_key(f"config.{key}", _keys(config, prefix))
-    raise ConfigError(
-      f"config.{key}: unknown key{near}; configs/common.py lists all keys"
-    )
+    known = [name.removeprefix("config.") for name in _keys(config, prefix)]
+    raise config_lib.unknown_key(f"config.{key}", key, known)
   value = _value(config, names)
   if isinstance(value, ml_collections.ConfigDict):
-    raise ConfigError(f"config.{key}: a group of keys; set them one by one")
+    raise ConfigError(
+      f"config.{key}",
+      "one value",
+      "a value of each key, since it is a group of keys",
+      "set them one by one",
+    )
   if phase is None:
     if phases and all(_has(config, ["phase", p, *names]) for p in phases):
       raise ConfigError(
-        f"config.{key}: has no effect, since phases {', '.join(phases)} have "
-        f"their own; set config.phase.{phases[0]}.{key} and so on"
+        f"config.{key}",
+        "a value without effect",
+        f"one of each phase, since {', '.join(phases)} have their own",
+        f"set config.phase.{phases[0]}.{key} and so on",
       )
     return
   group = config.phase
@@ -256,30 +282,46 @@ def _parse_flags() -> list[str]:
     return flags.FLAGS(sys.argv)[1:]
   except flags.UnrecognizedFlagError as e:
     if e.flagname.startswith("config.") and "config" in flags.FLAGS:
-      raise ConfigError(
-        f"--{e.flagname}: needs --config=FILE as well; {_known_configs()} exist"
-      ) from e
-    near = config_lib.nearest_key(e.flagname, flags.FLAGS)
-    near = near.replace("nearest key", "nearest flag")
+      raise _missing("--config") from e
+    near = config_lib.nearest(e.flagname, flags.FLAGS)
     raise UserError(
-      f"--{e.flagname}: unknown flag{near}; --help lists all flags"
+      f"--{e.flagname}",
+      "an unknown flag",
+      f"such a flag as --{near}" if near else "a flag of this program",
+      f"write --{near}" if near else "see --help for all flags",
     ) from e
   except flags.Error as e:
-    raise UserError(_reword(str(e))) from e
+    raise _reworded(str(e)) from e
 
 
-def _reword(message: str) -> str:
-  """Makes absl's message name the flag, what was expected and the remedy."""
+def _reworded(message: str) -> UserError:
+  """absl's message as an error with fields."""
   if match := re.search(r"Flag (--\w+) must have a value other than", message):
-    which = f"; {_known_configs()} exist" if match[1] == "--config" else ""
-    return f"{match[1]}: missing{which}; --help lists all flags"
-  if match := re.match(r"flag --(config\..+?)=(.*?): ", message, re.DOTALL):
-    value = _value(flags.FLAGS["config"].value, match[1].split(".")[1:])
-    return (
-      f"{match[1]}: found {match[2]!r}, expected {type(value).__name__}, such "
-      f"as {value!r}"
+    return _missing(match[1])
+  if match := re.match(r"Missing value for flag (--[\w.]+)", message):
+    return UserError(
+      match[1], "no value", f"{match[1]}=VALUE", "see --help for its meaning"
     )
-  return message.removeprefix("flag ")
+  match = re.match(r"flag (--[\w.]+)=(.*?): ", message, re.DOTALL)
+  if not match:
+    return UserError("flags", message, "flags as in --help", "correct them")
+  flag, found = match.groups()
+  if flag.startswith("--config."):
+    flag = flag.removeprefix("--")
+    value = _value(flags.FLAGS["config"].value, flag.split(".")[1:])
+    expected = f"{type(value).__name__}, such as {value!r}"
+  else:
+    parser = flags.FLAGS[flag.removeprefix("--")].parser
+    choices = getattr(parser, "enum_values", ("true", "false"))
+    expected = parser.syntactic_help or " or ".join(choices)
+  return UserError(flag, shorten(found), expected, "correct it")
+
+
+def _missing(flag: str) -> UserError:
+  what = f", such as {_known_configs()}" if flag == "--config" else ""
+  return UserError(
+    flag, "nothing", f"{flag}=VALUE", f"give it{what}; --help lists all flags"
+  )
 
 
 def _skip_absent_tpu() -> None:

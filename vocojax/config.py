@@ -351,6 +351,13 @@ class OptimizerConfig:
   def __post_init__(self):
     for key in ("no_decay", "freeze"):
       for pattern in getattr(self, key):
+        if not pattern:
+          raise ConfigError(
+            f"config.optimizer.{key}",
+            "an empty pattern, which matches every parameter",
+            "patterns of parameters, or none",
+            "write () for none",
+          )
         try:
           re.compile(pattern)
         except re.error as e:

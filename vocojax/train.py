@@ -2,10 +2,10 @@
 
   python -m vocojax.train --config=configs/easyvqa_1tok.py --workdir=DIR
 
-Started again with the same workdir it goes on where it stopped; exit status 143
-says that SIGTERM stopped it and all is saved. On several hosts it is started on
-each, with the same workdir on a file system that all share. Read next:
-training/loop.py.
+Started again with the same workdir it resumes from the last checkpoint. SIGTERM
+and Ctrl-C save one and stop it, with exit status 143 and 130. On several hosts
+it is started on each, with the same workdir on a file system that all share.
+Read next: training/loop.py.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from absl import flags, logging
 
 from vocojax import assemble, cli
 from vocojax.config import Config, phases
+from vocojax.core import files
 from vocojax.data.sources import make_source
 from vocojax.evals.report import write_report
 from vocojax.training import checkpoint, distributed, loop, sharding
@@ -28,11 +29,6 @@ _WORKDIR = flags.DEFINE_string(
   "Folder for checkpoints, metrics and the report.",
   required=True,
 )
-
-
-# Of a program that SIGTERM ended, as a shell has it: 128 + 15. Schedulers start
-# a job again that ends with it.
-STOPPED = 143
 
 
 def main() -> int:
@@ -55,26 +51,29 @@ def _run_alone(plan: tuple[Config, ...], workdir: pathlib.Path) -> int:
   if plan[-1].training.evaluate:
     # A mistake in it should not wait until everything is trained.
     make_source(plan[-1].data, plan[-1].evaluation.split)
-  before = ""
+  made, before = [], ""
   for config in plan:
     if not config.init_from and before:
       config = dataclasses.replace(config, init_from=before)
+    made.append(_make_phase(config, workdir))
+    loop.check(made[-1])
+    before = str(workdir / config.name)
+  for phase in made:
     try:
-      _train(config, workdir)
+      _train(phase)
     except loop.Stopped as e:
       if jax.process_index() == 0:
         print(e)
-      return STOPPED
-    before = str(workdir / config.name)
+      return e.status
   if plan[-1].training.evaluate:
     _evaluate(plan, workdir, made_by)
   return 0
 
 
-def _train(config: Config, workdir: pathlib.Path) -> None:
+def _make_phase(config: Config, workdir: pathlib.Path) -> loop.Phase:
   source = make_source(config.data, config.data.train_split)
   tokenizer = assemble.tokenizer_for(config, source, workdir)
-  phase = loop.Phase(
+  return loop.Phase(
     config,
     workdir / config.name,
     assemble.make_model(config, tokenizer),
@@ -82,10 +81,14 @@ def _train(config: Config, workdir: pathlib.Path) -> None:
     source,
     sharding.make_mesh(config.mesh),
   )
-  phase.folder.mkdir(exist_ok=True)
+
+
+def _train(phase: loop.Phase) -> None:
+  with files.storage(phase.folder):
+    phase.folder.mkdir(exist_ok=True)
   loop.run(phase)
   if jax.process_index() == 0:
-    (phase.folder / "config.json").write_text(config.to_json())
+    files.write_atomic(phase.folder / "config.json", phase.config.to_json())
 
 
 def _evaluate(

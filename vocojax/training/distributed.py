@@ -24,8 +24,8 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from vocojax.core import lock
-from vocojax.errors import UserError
+from vocojax.core import files, lock
+from vocojax.errors import UserError, one_line, shorten
 
 JOIN_SECONDS = 300  # in which all processes must have started
 HEARTBEAT_SECONDS = 30  # of silence, after which a process counts as dead
@@ -45,7 +45,7 @@ _LOST = re.compile(
   "connection (closed|reset|refused)|socket closed",
   re.I,
 )
-_AGAIN = "the same command goes on from the last checkpoint"
+_AGAIN = "the same command resumes from the last checkpoint"
 
 
 def define_flags() -> None:
@@ -142,10 +142,10 @@ def leave(e: BaseException) -> None:
 
 def _report(e: BaseException, who: str) -> int:
   """Says on stderr what ended this process; its exit status."""
-  words = " ".join(str(e).split())
   if isinstance(e, UserError):
-    print(f"error: {who}: {words}", file=sys.stderr)
+    print(f"error: {who}: {e}", file=sys.stderr)
     return 2
+  words = one_line(e)
   if isinstance(e, KeyboardInterrupt):
     print(f"error: {who}: {words or 'interrupted'}", file=sys.stderr)
     return 130
@@ -174,25 +174,26 @@ def _join() -> bool:
       return False
   elif missing:
     raise UserError(
-      f"--{missing[0]}: missing; --{', --'.join(_FLAGS)} are given together, "
-      "on each host with its own --process_id"
+      f"--{missing[0]}",
+      "nothing",
+      f"a value, since --{', --'.join(_FLAGS)} are given together",
+      "give all three on each host, each with its own --process_id",
     )
   elif not 0 <= index < count:
     raise UserError(
-      f"--process_id={index}: expected 0 to {count - 1}, since "
-      f"--num_processes={count}"
+      "--process_id",
+      str(index),
+      f"0 to {count - 1}",
+      "count processes from 0, or raise --num_processes",
     )
   elif not re.fullmatch(r".+:\d+", address):
     raise UserError(
-      f"--coordinator_address={address}: expected HOST:PORT of process 0, such "
-      "as 10.0.0.1:8476"
+      "--coordinator_address",
+      shorten(address),
+      "HOST:PORT of process 0",
+      "write it like 10.0.0.1:8476",
     )
-  alone = (
-    "the processes of this run did not find each other{}; start all of them, "
-    f"each with its own --process_id, within {JOIN_SECONDS} s, and let "
-    "--coordinator_address name a host and port that all can reach"
-  )
-  _last_words("error: " + alone.format(", see above"))
+  _last_words(f"error: {_alone('none, which the lines above explain')}")
   try:
     jax.distributed.initialize(
       address,
@@ -206,18 +207,28 @@ def _join() -> bool:
     if missing and str(e) == "coordinator_address should be defined.":
       _check_pod()
       return False  # no scheduler that JAX knows: one process
-    why = " ".join(str(e).split())[:200]
-    raise UserError(alone.format(f" ({why})")) from e
+    raise _alone(f"none ({one_line(e)[:200]})") from e
   return True
+
+
+def _alone(found: str) -> UserError:
+  return UserError(
+    "the other processes of this run",
+    found,
+    f"all of them within {JOIN_SECONDS} s",
+    "start each with its own --process_id, and let --coordinator_address name "
+    "a host and port that all can reach",
+  )
 
 
 def _check_pod() -> None:
   pod = os.environ.get("JOB_COMPLETION_INDEX", "0")
   if pod != "0":
     raise UserError(
-      f"JOB_COMPLETION_INDEX={pod}: this pod belongs to a Kubernetes job of "
-      "several, but JAX does not find the others; pip install kubernetes, or "
-      f"give --{', --'.join(_FLAGS)}"
+      f"JOB_COMPLETION_INDEX={pod}",
+      "a pod of a Kubernetes job of several, of which JAX finds only this one",
+      "all pods",
+      f"run pip install kubernetes, or give --{', --'.join(_FLAGS)}",
     )
 
 
@@ -268,48 +279,73 @@ def check_shared(folder: pathlib.Path) -> None:
   """
   probe = folder / ".shared-test"
   if jax.process_index() == 0:
-    probe.touch()
+    with files.storage(folder):
+      probe.touch()
   gather(None)  # wait for it
   seen = gather(probe.exists())
   if jax.process_index() == 0:
     probe.unlink()
   if not all(seen):
     raise UserError(
-      f"{folder}: process {seen.index(False)} does not see what process 0 "
-      "writes there; choose a folder on a file system that all hosts share"
+      folder,
+      f"a folder in which process {seen.index(False)} does not see what "
+      "process 0 writes",
+      "a folder that all hosts share",
+      "choose one on a file system that all hosts share",
     )
 
 
 class Preemption:
-  """Whether SIGTERM came, to be asked once after each step.
+  """Whether SIGTERM or Ctrl-C came, to be asked once after each step.
 
   With several processes it is enough that one gets it, and all learn of it
   after the same step. JAX's coordination service sees to that in the
-  background: it takes the signal, and has the processes agree on the first step
-  that none has begun. A step costs no communication for it.
+  background: it takes SIGTERM, which a process with Ctrl-C sends itself, and
+  has the processes agree on the first step that none has begun. A step costs no
+  communication for it.
+
+  A second Ctrl-C is the KeyboardInterrupt that it would be elsewhere.
   """
 
   _step = itertools.count()  # one count for all phases: it must never go back
 
   def __enter__(self):
-    self._arrived = False
+    self._arrived = self._interrupted = False
     self._together = jax.distributed.is_initialized()
+    self._before = {signal.SIGINT: signal.getsignal(signal.SIGINT)}
+    # A shell's background job ignores it.
+    if self._before[signal.SIGINT] is not signal.SIG_IGN:
+      signal.signal(signal.SIGINT, self._interrupt)
     if not self._together:
-      self._before = signal.signal(signal.SIGTERM, self._note)
+      self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
     return self
 
   def arrived(self) -> bool:
+    """Whether to save and stop after this step."""
     if self._together:
       step = next(self._step)
       return multihost_utils.reached_preemption_sync_point(step)
     return self._arrived
 
+  def cause(self) -> signal.Signals:
+    """What came, once it has arrived: SIGINT or SIGTERM, of any process."""
+    interrupted = any(gather(self._interrupted))
+    return signal.SIGINT if interrupted else signal.SIGTERM
+
   def _note(self, *_):
     self._arrived = True
 
+  def _interrupt(self, *_):
+    signal.signal(signal.SIGINT, self._before[signal.SIGINT])
+    # Not print(), which the handler may have interrupted.
+    os.write(2, b"\nCtrl-C: saving after this step; once more stops at once\n")
+    self._arrived = self._interrupted = True
+    if self._together:
+      os.kill(os.getpid(), signal.SIGTERM)
+
   def __exit__(self, *_):
-    if not self._together:
-      signal.signal(signal.SIGTERM, self._before)
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
 
 
 def ignore_preemption() -> None:

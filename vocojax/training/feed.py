@@ -15,7 +15,7 @@ from vocojax.config import DataConfig
 from vocojax.core import workers
 from vocojax.data import grouping, pipeline
 from vocojax.data.sources import Source
-from vocojax.errors import DataError
+from vocojax.errors import DataError, one_line
 from vocojax.training import distributed, sharding
 
 SLOW_SECONDS = 30  # a batch that takes longer is reported
@@ -114,9 +114,11 @@ class Feed:
         e.add_note(f"{distributed.name()} was reading {where} of its share")
         raise
       raise DataError(
-        f"{distributed.name()}: a data worker died while {where} of its share "
-        f"was read ({' '.join(str(e).split())[:120]}); if it was out of memory,"
-        " lower config.data.num_workers or config.data.prefetch_batches"
+        f"{distributed.name()}: {where} of its share",
+        f"a data worker that died ({one_line(e)[:120]})",
+        "workers that live as long as the run",
+        "lower config.data.num_workers or config.data.prefetch_batches if it "
+        "was out of memory, and run the same command again",
       ) from e
     finally:
       slow.cancel()

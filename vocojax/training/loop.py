@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+import signal
 import sys
 import time
 
@@ -19,7 +20,7 @@ from jax.sharding import Mesh
 from vocojax.config import Config
 from vocojax.data import pipeline
 from vocojax.data.sources import Source
-from vocojax.errors import CheckpointError, ConfigError, UserError
+from vocojax.errors import CheckpointError, ConfigError, DataError, UserError
 from vocojax.models.vlm import VisionLanguageModel
 from vocojax.training import (
   checkpoint,
@@ -30,7 +31,11 @@ from vocojax.training import (
   step,
 )
 from vocojax.training.feed import Feed
-from vocojax.training.optimizer import make_optimizer, schedule
+from vocojax.training.optimizer import (
+  check_patterns,
+  make_optimizer,
+  schedule,
+)
 from vocojax.training.state import TrainState
 
 
@@ -39,7 +44,15 @@ class NotFiniteError(UserError):
 
 
 class Stopped(Exception):
-  """SIGTERM came to a host; everything is saved."""
+  """SIGTERM or Ctrl-C came to a host; everything is saved.
+
+  Attributes:
+    status: of the program, as a shell has it: 128 + the signal's number.
+  """
+
+  def __init__(self, message: str, status: int):
+    super().__init__(message)
+    self.status = status
 
 
 @dataclasses.dataclass
@@ -81,6 +94,21 @@ class Phase:
     )
 
 
+def check(phase: Phase) -> None:
+  """What can be said of a phase before any is run.
+
+  Raises:
+    ConfigError: the batch cannot be split, or patterns of the optimiser do not
+      fit the parameters.
+  """
+  config = phase.config
+  sharding.check_batch(
+    phase.mesh, config.data.batch_size, config.training.accumulate
+  )
+  params = abstract_params(phase.model, phase.mesh)
+  check_patterns(config.optimizer, state.flatten(params))
+
+
 def run(phase: Phase) -> state.Params:
   """Trains, or goes on where a checkpoint in the folder ends.
 
@@ -90,8 +118,9 @@ def run(phase: Phase) -> state.Params:
   Raises:
     UserError: the configuration, a checkpoint or the data cannot be used.
     NotFiniteError: the loss is not finite; nothing after it was saved.
-    Stopped: SIGTERM arrived and the state is on disk.
+    Stopped: SIGTERM or Ctrl-C arrived and the state is on disk.
   """
+  check(phase)
   with jax.set_mesh(phase.mesh):
     return _run(phase)
 
@@ -193,15 +222,19 @@ def load_teacher(
   ):
     if found != expected:
       raise CheckpointError(
-        f"config.training.teacher: {path} was trained with config.{key} "
-        f"{found!r}, expected {expected!r}; name a phase that saw all patches, "
-        "in the prompt of this one"
+        "config.training.teacher",
+        f"{path}, trained with config.{key} {found!r}",
+        f"a checkpoint trained with {expected!r}",
+        "name a phase that saw all patches, in the prompt of this one",
       )
   params, missing = checkpoint.load_params(path, abstract, model.config)
   if missing:
     raise CheckpointError(
-      f"config.training.teacher: {path} lacks {missing[0]} and "
-      f"{len(missing) - 1} more parameters; name a checkpoint that has them"
+      "config.training.teacher",
+      f"{path}, which lacks {missing[0]} and {len(missing) - 1} more "
+      "parameters",
+      "a checkpoint that has them",
+      "name another checkpoint",
     )
   return params
 
@@ -230,9 +263,11 @@ def init_params(
   untrained = [n for n in names if state.matches(n, freeze)]
   if untrained:
     raise ConfigError(
-      f"config.init_from: found {init_from!r}, which lacks {untrained[0]} and "
-      f"{len(untrained) - 1} more parameters that config.optimizer.freeze "
-      "keeps from learning; name a checkpoint that has them, or freeze less"
+      "config.init_from",
+      f"{init_from!r}, which lacks {untrained[0]} and {len(untrained) - 1} "
+      "more parameters",
+      "a checkpoint that has what config.optimizer.freeze keeps from learning",
+      "name one that has them, or freeze less",
     )
 
   def fresh(key):
@@ -249,7 +284,6 @@ def init_params(
 def _run(phase: Phase) -> state.Params:
   config, mesh = phase.config, phase.mesh
   training, freeze = config.training, config.optimizer.freeze
-  sharding.check_batch(mesh, config.data.batch_size, training.accumulate)
   optimizer = make_optimizer(config.optimizer, phase.steps)
   feed = _feed(phase)
   checkpoints = checkpoint.Checkpointer(phase.folder, config, phase.tokenizer)
@@ -324,27 +358,42 @@ def _loop(phase, train_step, train_state, feed, checkpoints, sums):
   )
   started = time.perf_counter()
   since_log = first
+  trained = 0.0  # tokens
   bad_before = sums.values["bad_records"]
 
   def settle(number: int, values, bad_records: int) -> None:
     """Takes the metrics of a finished step."""
-    nonlocal started, since_log
+    nonlocal started, since_log, trained
     values = {k: float(v) for k, v in values.items()}
     checked = ("loss", "grad_norm", "param_norm")
     if not all(math.isfinite(values[k]) for k in checked):
       checkpoints.wait()
       good = checkpoints.latest
-      where = f"the last good checkpoint is {checkpoints.path(good)}"
       raise NotFiniteError(
-        f"{config.name}: at step {number} the loss is {values['loss']}, the "
-        f"gradient norm {values['grad_norm']} and the norm of the parameters "
-        f"{values['param_norm']}; "
-        f"{'no checkpoint was written yet' if good is None else where}; try a "
-        "lower config.optimizer.learning_rate"
+        f"{config.name}: step {number}",
+        f"a loss of {values['loss']}, a gradient norm of "
+        f"{values['grad_norm']} and a norm of the parameters of "
+        f"{values['param_norm']}",
+        "finite numbers",
+        "try a lower config.optimizer.learning_rate; "
+        + (
+          "no checkpoint was written yet"
+          if good is None
+          else f"the last good checkpoint is {checkpoints.path(good)}"
+        ),
       )
     sums.add(values)
+    trained += values["tokens"]
     if number % training.log_every and number != phase.steps:
       return
+    if not trained:
+      raise DataError(
+        f"{config.name}: steps {first + 1} to {number}",
+        "no token that is trained",
+        "answers that the model learns",
+        "check the answers of the data, config.prompt.layout and "
+        "config.data.max_text_length",
+      )
     sums.values["bad_records"] = bad_before + feed.total(bad_records)
     seconds = time.perf_counter() - started
     line = sums.means() | {
@@ -376,12 +425,18 @@ def _loop(phase, train_step, train_state, feed, checkpoints, sums):
       if pending:
         settle(*pending)
       pending = (number, values | feed.fill, feed.bad_records)
+      if jax.process_count() == 1 and values["loss"].is_ready():
+        # It has ended already, as steps on CPUs have: this is its time, and
+        # reading its metrics now takes nothing from the next step.
+        settle(*pending)
+        pending = None
       last = number == phase.steps
       stop = preemption.arrived()  # ask once: it may come at any moment
       if last or stop or number % training.checkpoint_every == 0:
         # Settle first: parameters after a step that is not finite are never
         # written.
-        settle(*pending)
+        if pending:
+          settle(*pending)
         pending = None
         sums.values["bad_records"] = bad_before + feed.total(feed.bad_records)
         checkpoints.save(train_state, feed.states(), sums.values)
@@ -390,8 +445,11 @@ def _loop(phase, train_step, train_state, feed, checkpoints, sums):
         break
     checkpoints.wait()
     if stop or preemption.arrived():
+      cause = preemption.cause()
+      name = "Ctrl-C" if cause == signal.SIGINT else "SIGTERM"
       raise Stopped(
-        f"{config.name}: stopped by SIGTERM after step {number}, saved as "
-        f"{checkpoints.path(number)}; the same command goes on from there"
+        f"{config.name}: stopped by {name} after step {number}, saved as "
+        f"{checkpoints.path(number)}; the same command resumes from there",
+        128 + cause,
       )
   return train_state.params

@@ -1,9 +1,12 @@
 """Metrics of a run: sums, JSON lines, TensorBoard. Read next: `loop.py`."""
 
 import json
+import math
 import os
 import pathlib
 import time
+
+from vocojax.core import files
 
 
 class Sums:
@@ -53,41 +56,87 @@ class Sums:
 
 
 class MetricsWriter:
-  """Appends to `metrics.jsonl` and TensorBoard files in a folder."""
+  """Appends to `metrics.jsonl` and TensorBoard files in a folder.
+
+  Every method raises a UserError if there is no room or the folder is
+  read-only.
+  """
 
   def __init__(self, folder: pathlib.Path, first_step: int):
     """Opens the files and drops lines after `first_step`.
 
     A run that was killed has logged steps that its checkpoint does not hold;
     they will be logged again.
-    """
-    path = folder / "metrics.jsonl"
-    if path.exists():
-      kept = [
-        line
-        for line in path.read_text().splitlines(keepends=True)
-        if line.endswith("\n") and json.loads(line)["step"] <= first_step
-      ]
-      part = path.with_suffix(".part")
-      part.write_text("".join(kept))
-      os.replace(part, path)
-    self._file = path.open("a")
-    # Not above: where PyTorch is installed it imports that, for two seconds of
-    # every program that reads a checkpoint.
-    import tensorboardX
 
-    self._board = tensorboardX.SummaryWriter(
-      str(folder / "tensorboard"), purge_step=first_step + 1
-    )
+    Raises:
+      UserError: also for a file that this class did not write.
+    """
+    self._path = folder / "metrics.jsonl"
+    if self._path.exists():
+      files.write_atomic(self._path, _lines_until(self._path, first_step))
+    # Slow where PyTorch is installed, and only training needs it.
+    from tensorboardX import event_file_writer, writer
+
+    board = folder / "tensorboard"
+    with files.storage(self._path):
+      self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    with files.storage(board):
+      board.mkdir(exist_ok=True)
+      # Not tensorboardX.SummaryWriter: that writes in a thread, which dies of a
+      # full disk, and then waits for it.
+      self._board = event_file_writer.EventsWriter(str(board / "events"))
+      start = writer.SessionLog(status=writer.SessionLog.START)
+      self._board.write_event(
+        writer.Event(step=first_step + 1, session_log=start)
+      )
+      self._board.flush()
+    self._flushed = time.monotonic()
 
   def write(self, step: int, metrics: dict[str, float | int]) -> None:
     """One line; it is on disk when this returns."""
-    line = {"step": step} | metrics | {"time": time.time()}
-    self._file.write(json.dumps(line) + "\n")
-    self._file.flush()
-    for key, value in metrics.items():
-      self._board.add_scalar(key, value, step)
+    from tensorboardX import summary, writer
+
+    finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
+    line = {"step": step} | dict.fromkeys(metrics) | finite
+    now = time.time()
+    with files.storage(self._path):
+      _append(self._file, json.dumps(line | {"time": now}) + "\n")
+      for key, value in finite.items():
+        scalar = summary.scalar(key, value)
+        self._board.write_event(
+          writer.Event(wall_time=now, step=step, summary=scalar)
+        )
+      if time.monotonic() > self._flushed + _FLUSH_SECONDS:
+        self._board.flush()
+        self._flushed = time.monotonic()
 
   def close(self) -> None:
-    self._file.close()
-    self._board.close()
+    os.close(self._file)
+    with files.storage(self._path.parent / "tensorboard"):
+      self._board.close()
+
+
+_FLUSH_SECONDS = 20  # what TensorBoard is behind, at most
+
+
+def _lines_until(path: pathlib.Path, step: int) -> str:
+  """The lines of a file of metrics up to a step; not a last, unfinished one."""
+  kept = []
+  for i, line in enumerate(files.read_text(path).splitlines(keepends=True), 1):
+    if line.endswith("\n"):
+      where = f"{path} line {i}"
+      of = files.get_field(files.parse_json(line, where), "step", int, where)
+      if of <= step:
+        kept.append(line)
+  return "".join(kept)
+
+
+def _append(file: int, text: str) -> None:
+  """Writes all of it or nothing."""
+  data, size = text.encode(), os.fstat(file).st_size
+  try:
+    while data:
+      data = data[os.write(file, data) :]
+  except OSError:
+    os.ftruncate(file, size)
+    raise

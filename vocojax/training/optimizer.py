@@ -6,11 +6,14 @@ Sources: AdamW (arXiv 1711.05101); Muon (Jordan et al. 2024) as in
 """
 
 import math
+import re
+from collections.abc import Iterable
 
 import optax
 from optax import contrib
 
 from vocojax.config import OptimizerConfig
+from vocojax.errors import ConfigError
 from vocojax.training import state
 
 
@@ -36,6 +39,31 @@ def schedule(config: OptimizerConfig, peak: float, steps: int):
     # Step 0 already learns: the ramp starts one step in.
     ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
   return optax.join_schedules([ramp, decay], [warmup])
+
+
+def check_patterns(config: OptimizerConfig, paths: Iterable[str]) -> None:
+  """Whether the patterns of a config fit the parameters of a model.
+
+  Raises:
+    ConfigError: one matches no parameter, or `freeze` matches all of them.
+  """
+  paths = list(paths)
+  for key in ("freeze", "no_decay"):
+    for pattern in getattr(config, key):
+      if not any(re.search(pattern, path) for path in paths):
+        raise ConfigError(
+          f"config.optimizer.{key}",
+          f"{pattern!r}, which matches no parameter",
+          f"patterns of paths such as {paths[0]}",
+          "correct it or leave it out",
+        )
+  if all(state.matches(path, config.freeze) for path in paths):
+    raise ConfigError(
+      "config.optimizer.freeze",
+      f"{config.freeze!r}, which matches every parameter",
+      "some parameter to train",
+      "freeze less; () freezes nothing",
+    )
 
 
 def make_optimizer(

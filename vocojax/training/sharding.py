@@ -83,15 +83,19 @@ def make_mesh(
   known = math.prod(s for s in sizes if s != -1)
   if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
     raise ConfigError(
-      f"config.mesh: found {dict(zip(AXES, sizes, strict=True))}, expected "
-      "positive sizes and at most one -1"
+      "config.mesh",
+      f"{' x '.join(map(str, sizes))} ({' x '.join(AXES)})",
+      "positive sizes and at most one -1",
+      "correct it",
     )
   if -1 in sizes and known <= count:
     sizes[sizes.index(-1)] = count // known
   if math.prod(sizes) != count:
     raise ConfigError(
-      f"config.mesh: {' x '.join(map(str, sizes))} is not the number of "
-      f"devices, {count}; set one axis to -1"
+      "config.mesh",
+      f"{' x '.join(map(str, sizes))} ({' x '.join(AXES)})",
+      f"a product of {count}, the number of devices",
+      "set one axis to -1",
     )
   return Mesh(arrange(sizes, devices), AXES, (AxisType.Auto,) * len(AXES))
 
@@ -120,9 +124,11 @@ def arrange(sizes: Sequence[int], devices: Sequence) -> np.ndarray:
   data, *inside = sizes
   if data % slices:
     raise ConfigError(
-      f"config.mesh.data: found {data}, expected a multiple of the {slices} "
-      f"slices, since fsdp and tensor stay inside a slice; set it to {slices} "
-      "and fsdp to -1"
+      "config.mesh.data",
+      str(data),
+      f"a multiple of {slices}, the number of slices, since fsdp and tensor "
+      "stay inside a slice",
+      f"set it to {slices} and config.mesh.fsdp to -1",
     )
   return mesh_utils.create_hybrid_device_mesh(
     [data // slices, *inside],
@@ -156,8 +162,10 @@ def param_shardings(params: state.Params, mesh: Mesh) -> state.Params:
     for size, axis in zip(x.shape, axes, strict=True):
       if axis is not None and size % mesh.shape[axis]:
         raise ConfigError(
-          f"config.mesh.{axis}: {mesh.shape[axis]} does not divide {size}, a "
-          f"dimension of {path} {tuple(x.shape)}; choose a divisor"
+          f"config.mesh.{axis}",
+          str(mesh.shape[axis]),
+          f"a divisor of {size}, a dimension of {path} {tuple(x.shape)}",
+          "choose a divisor",
         )
     shardings[path] = NamedSharding(mesh, axes)
   return state.unflatten(shardings)
@@ -196,9 +204,11 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
   shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
   if batch_size % (shards * accumulate):
     raise ConfigError(
-      f"config.data.batch_size: {batch_size} is not a multiple of "
-      f"{shards * accumulate} ({shards} shards of the mesh axes data x fsdp, "
-      f"times config.training.accumulate {accumulate})"
+      "config.data.batch_size",
+      str(batch_size),
+      f"a multiple of {shards * accumulate} ({shards} shards of the mesh axes "
+      f"data x fsdp, times config.training.accumulate {accumulate})",
+      "choose a multiple, or fewer shards or micro-batches",
     )
 
 
@@ -227,8 +237,9 @@ def share_of(
   ranges = [one for share in shares for one in share]
   if len(ranges) != len(set(ranges)) or len({len(s) for s in shares}) > 1:
     raise ConfigError(
-      f"config.mesh: some of the {len(rows_of)} processes would hold a part of "
-      "the rows that another one holds; choose data x fsdp as a multiple or a "
-      "divisor of the number of processes"
+      "config.mesh",
+      "rows of a batch that two processes hold in part",
+      f"whole shares of the batch for {len(rows_of)} processes",
+      "choose data x fsdp as a multiple or a divisor of that number",
     )
   return shares.index(tuple(sorted(rows_of[process]))), len(shares)
