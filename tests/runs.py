@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from vocojax import assemble
 from vocojax.config import Config
 from vocojax.data import tokenizer
 from vocojax.data.sources import make_source
+from vocojax.errors import UserError
 from vocojax.models.vlm import VisionLanguageModel
 from vocojax.training import checkpoint, loop, sharding
 
@@ -148,6 +150,15 @@ def cached(folder: pathlib.Path) -> dict[str, str]:
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
   }
+
+
+def printed_error(text: str) -> UserError:
+  """The error of a program's last words, which are one line."""
+  found = re.fullmatch(
+    r"error: (.*?): got (.*?), expected (.*)\. Fix: (.*)\n", text
+  )
+  assert found, text
+  return UserError(*found.groups())
 
 
 def children(pid: int) -> set[int]:

@@ -10,10 +10,6 @@ Read next: configs/easyvqa_1tok.py, then models/masks.py.
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-  from vocojax.assemble import load as load
 
 __version__ = "0.1.0"
 
@@ -30,6 +26,12 @@ if (
   and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 ):
   signal.signal(signal.SIGINT, _end_interrupted)
+
+# Slower to import than all of the above.
+from typing import TYPE_CHECKING  # noqa: E402
+
+if TYPE_CHECKING:
+  from vocojax.assemble import load as load
 
 
 def __getattr__(name: str):

@@ -158,7 +158,7 @@ class _ConfigParser(flags.ArgumentParser):
   def parse(self, argument: str) -> ml_collections.ConfigDict:
     if flags.FLAGS["config"].present:
       raise ConfigError(
-        f"--config={argument}", "it twice", "one --config", "leave one out"
+        f"--config={argument}", "it twice", "one file", "leave one out"
       )
     config = _load(argument)
     for override in sys.argv[1:]:
@@ -223,8 +223,8 @@ def _prepare_key(config: ml_collections.ConfigDict, key: str) -> None:
     phase, names = names[1], names[2:]
   if not _has(config, names):
     prefix = "config" if phase is None else f"config.phase.{phase}"
-    known = [name.removeprefix("config.") for name in _keys(config, prefix)]
-    raise config_lib.unknown_key(f"config.{key}", key, known)
+    where = f"config.{key}"
+    raise config_lib.unknown_key(where, where, _keys(config, prefix))
   value = _value(config, names)
   if isinstance(value, ml_collections.ConfigDict):
     raise ConfigError(
@@ -237,8 +237,8 @@ def _prepare_key(config: ml_collections.ConfigDict, key: str) -> None:
     if phases and all(_has(config, ["phase", p, *names]) for p in phases):
       raise ConfigError(
         f"config.{key}",
-        "a value without effect",
-        f"one of each phase, since {', '.join(phases)} have their own",
+        "one value for all phases",
+        f"a value for each, since {', '.join(phases)} have their own",
         f"set config.phase.{phases[0]}.{key} and so on",
       )
     return
