@@ -11,8 +11,8 @@ Usage: launch/local_multiprocess.sh [--processes N] [--devices M] [--dry-run]
 Runs python -m vocojax.train FLAGS in N processes (2) that take each other for
 hosts, each with M CPU devices (4) that share this machine's cores: to try a mesh
 or what happens when a host dies, not to be fast. Each line of output begins with
-the number of its process. Ctrl-C ends all; SIGTERM makes all save and stop. Run
-again, with any N and M, it goes on where it stopped.
+the number of its process. Ctrl-C and SIGTERM make all save and stop, a second
+Ctrl-C ends them at once. Run again, with any N and M, it resumes from there.
 
 Needs what launch/quickstart.sh needs: Python 3.11 or newer, and the network the
 first time, to make .venv. config.data.batch_size must divide by N times M.
@@ -83,30 +83,26 @@ if [[ -n $dry ]]; then
 fi
 
 pids=()
-# end SIGNAL: sends it to all that still run, and to their data workers, which
-# TERM leaves alone: the last steps need them. Fails when none runs.
+# end SIGNAL: sends it to all that still run, and to their data workers.
 # shellcheck disable=SC2329 # the traps call it
 end() {
-  local group=-
-  [[ $1 != TERM ]] || group=
-  kill "-$1" -- "${pids[@]/#/$group}" 2>/dev/null
+  kill "-$1" -- "${pids[@]/#/-}" 2>/dev/null || true
 }
 # shellcheck disable=SC2329 # a trap calls it
 interrupt() {
-  # Where one process leaves first, the other may abort; bash would report it.
-  exec 3>&2 2>/dev/null
-  end INT || true
-  for _ in {1..50}; do
-    end 0 || break
-    sleep 0.1
-  done
-  end KILL || true
+  end INT
+  trap kill_all INT
+}
+# shellcheck disable=SC2329 # a trap calls it
+kill_all() {
+  exec 3>&2 2>/dev/null # bash would report each
+  end KILL
   echo "interrupted" >&3
   exit 130
 }
 set -m # a group of its own for each process, or it would not see Ctrl-C
 trap interrupt INT
-trap 'end TERM || true' TERM
+trap 'end TERM' TERM
 for ((i = 0; i < processes; i++)); do
   command_of "$i"
   "${words[@]}" > >(number_lines "$i") 2>&1 </dev/null &

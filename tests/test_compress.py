@@ -266,7 +266,7 @@ def test_interrupted_and_resumed(
   done = len(contents(store))
   assert 20 <= done < MANY
   assert out.splitlines()[-1] == (
-    f"stopped: {done} of {MANY} are in the store; the same command goes on "
+    f"stopped: {done} of {MANY} are in the store; the same command resumes "
     "from there"
   )
   status, out, _ = program(folder / "many", store)

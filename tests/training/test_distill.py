@@ -181,8 +181,9 @@ def test_a_run_with_a_teacher_goes_on_bit_for_bit(folder):
   # Another weight is another run.
   other = _config(folder, distill_weight=1.0, teacher=path)
   phase = dataclasses.replace(phase, config=other)
-  with pytest.raises(CheckpointError, match=r"training\.distill_weight=0\.7"):
+  with pytest.raises(CheckpointError) as e:
     loop.run(phase)
+  assert "config.training.distill_weight" in str(e.value)
 
 
 def test_a_run_that_teaches_itself(folder):
@@ -205,8 +206,9 @@ def test_a_run_that_teaches_itself(folder):
 
 @pytest.mark.parametrize("compressor", ["full", "avgpool"])
 def test_only_voco_has_a_teacher(folder, compressor):
-  with pytest.raises(ConfigError, match=r"^config\.training\.distill_weight: "):
+  with pytest.raises(ConfigError) as e:
     _config(folder, compressor, distill_weight=WEIGHT)
+  assert e.value.where == "config.training.distill_weight"
 
 
 def test_a_teacher_that_saw_no_patches(folder):
@@ -217,10 +219,13 @@ def test_a_teacher_that_saw_no_patches(folder):
   blank = state.TrainState(jnp.int32(1), params, {})
   checkpoints.save(blank, [{"next_record": 1}], {})
   checkpoints.close()
-  for path, words in (
-    (phase.folder, "compressor.name 'voco', expected 'full'; name a phase"),
-    (folder / "gone", "got no folder checkpoints"),
-  ):
-    config = _config(folder, distill_weight=WEIGHT, teacher=str(path))
-    with pytest.raises(CheckpointError, match=words):
-      loop.load_teacher(config, phase.model, runs.mesh())
+  config = _config(folder, distill_weight=WEIGHT, teacher=str(phase.folder))
+  with pytest.raises(CheckpointError) as e:
+    loop.load_teacher(config, phase.model, runs.mesh())
+  assert e.value.where == "config.training.teacher"
+  assert e.value.got.endswith("config.model.compressor.name 'voco'")
+  gone = str(folder / "gone")
+  config = _config(folder, distill_weight=WEIGHT, teacher=gone)
+  with pytest.raises(CheckpointError) as e:
+    loop.load_teacher(config, phase.model, runs.mesh())
+  assert e.value.where.startswith(gone)

@@ -203,34 +203,40 @@ def wait_for_step(processes, phase, step: int) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_stops_both(broken):
-  phase = broken / "stopped" / "voco"
+@pytest.mark.parametrize(
+  ("number", "name"),
+  [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")],
+)
+def test_a_signal_to_one_stops_both(broken, number, name):
+  phase = broken / f"stopped_{name}" / "voco"
   # Long enough to be stopped: JAX looks for the signal once a second.
   long = "--config.training.steps=100000"
-  processes = train(broken, "stopped", long)
+  with runs.interruptible():
+    processes = train(broken, phase.parent.name, long)
   wait_for_step(processes, phase, 3)
-  processes[1].send_signal(signal.SIGTERM)
-  (out, _), (out_1, _) = finish(processes, 143)
+  processes[1].send_signal(number)
+  (out, _), (out_1, _) = finish(processes, 128 + number)
   (step,) = test_resume.steps(phase)
   assert out == (
-    f"voco: stopped by SIGTERM after step {step}, saved as "
-    f"{phase}/checkpoints/{step}; the same command goes on from there\n"
+    f"voco: stopped by {name} after step {step}, saved as "
+    f"{phase}/checkpoints/{step}; the same command resumes from there\n"
   )
   assert out_1 == ""
   short = f"--config.training.steps={step + 3}"
-  for workdir in ("stopped", "straight"):
+  straight = f"straight_{name}"
+  for workdir in (phase.parent.name, straight):
     finish(train(broken, workdir, short))
-  assert saved(phase) == saved(broken / "straight" / "voco")
+  assert saved(phase) == saved(broken / straight / "voco")
 
 
 LOST = (
   r"error: process \d of 2: another process died or cannot be reached \(.*\); "
-  r"its own output says why; the same command goes on from the last checkpoint"
+  r"its own output says why; the same command resumes from the last checkpoint"
 )
 ABRUPT = (
   r"error: process {} of 2 ended abruptly: another process is gone, which the "
   "lines above tell, or this one was killed or out of memory; the same command "
-  "goes on from the last checkpoint"
+  "resumes from the last checkpoint"
 )
 
 

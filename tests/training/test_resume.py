@@ -197,21 +197,29 @@ def test_sigkill_three_times(folder, uninterrupted):
     assert not half_written(workdir / phase)
 
 
-def test_sigterm_saves_and_says_so(folder, uninterrupted):
-  workdir = folder / "stopped"
-  process = start(folder, "stopped")
+@pytest.mark.parametrize(
+  ("number", "name"),
+  [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")],
+)
+def test_a_signal_saves_and_says_so(folder, uninterrupted, number, name):
+  workdir = folder / f"stopped_{name}"
+  with runs.interruptible():
+    process = start(folder, workdir.name)
   wait_for_step(process, workdir / "full", random.Random(1))
-  process.send_signal(signal.SIGTERM)
-  out, _ = finish(process, 143)
+  process.send_signal(number)
+  out, err = finish(process, 128 + number)
   (step,) = steps(workdir / "full")
   assert 0 < step <= STEPS
   assert out == (
-    f"full: stopped by SIGTERM after step {step}, saved as "
-    f"{workdir / 'full' / 'checkpoints' / str(step)}; the same command goes on "
+    f"full: stopped by {name} after step {step}, saved as "
+    f"{workdir / 'full' / 'checkpoints' / str(step)}; the same command resumes "
     "from there\n"
   )
+  said = "Ctrl-C: saving after this step; once more stops at once\n" in err
+  assert said == (number == signal.SIGINT)
+  assert "error" not in err and "Traceback" not in err
   assert not (workdir / "voco").exists()
-  out, _ = finish(start(folder, "stopped"))
+  out, _ = finish(start(folder, workdir.name))
   assert "stopped" not in out
   for phase in ("full", "voco"):
     assert_same_end(workdir / phase, uninterrupted / phase)
@@ -232,9 +240,9 @@ def test_sigterm_in_the_last_step_is_not_lost(folder, monkeypatch):
     save(self, train_state, *rest)
 
   monkeypatch.setattr(checkpoint.Checkpointer, "save", save_late)
-  stopped = pytest.raises(loop.Stopped, match="SIGTERM after step 2, saved as")
-  with runs.quick_compile(), stopped:
+  with runs.quick_compile(), pytest.raises(loop.Stopped) as e:
     loop.run(phase)
+  assert e.value.status == 143
   assert steps(phase.folder) == [2]
   # The handler of before is back.
   assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -359,6 +359,7 @@ def _loop(phase, train_step, train_state, feed, checkpoints, sums):
   started = time.perf_counter()
   since_log = first
   trained = 0.0  # tokens
+  on_cpu = phase.mesh.devices.flat[0].platform == "cpu"
   bad_before = sums.values["bad_records"]
 
   def settle(number: int, values, bad_records: int) -> None:
@@ -425,9 +426,7 @@ def _loop(phase, train_step, train_state, feed, checkpoints, sums):
       if pending:
         settle(*pending)
       pending = (number, values | feed.fill, feed.bad_records)
-      if jax.process_count() == 1 and values["loss"].is_ready():
-        # It has ended already, as steps on CPUs have: this is its time, and
-        # reading its metrics now takes nothing from the next step.
+      if on_cpu:  # nothing would go on meanwhile
         settle(*pending)
         pending = None
       last = number == phase.steps
