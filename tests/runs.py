@@ -194,6 +194,15 @@ def shared_memory() -> set[str]:
   return set(os.listdir("/dev/shm"))
 
 
+def unused_memory() -> set[str]:
+  """What no process has open: it was left behind, or is on its way to one."""
+  left = shared_memory()
+  for maps in pathlib.Path("/proc").glob("[0-9]*/maps"):
+    with contextlib.suppress(OSError):  # it has ended meanwhile
+      left -= set(re.findall(r"/dev/shm/(\S+)", maps.read_text()))
+  return left
+
+
 # Imports the program once and forks for each command line that it reads.
 _FORKS = """
 import importlib, json, os, sys, traceback

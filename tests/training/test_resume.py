@@ -37,10 +37,15 @@ BROKEN = "5.png"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("resume")
+  prepare(folder)
+  return folder
+
+
+def prepare(folder: pathlib.Path) -> None:
+  """Data of which some is bad, and the configuration two.py."""
   runs.write_data(folder)
   (folder / BROKEN).write_bytes(b"not an image")
   runs.write_config(folder, "two.py", TAIL + runs.TWO_PHASES)
-  return folder
 
 
 def start(folder: pathlib.Path, workdir: str) -> subprocess.Popen:
@@ -122,7 +127,9 @@ def saved(phase: pathlib.Path):
 def next_batch(phase: pathlib.Path) -> pipeline.Batch:
   """What a further step would train on."""
   loaded = checkpoint.load(str(phase))
-  config = loaded.config
+  # Any number of workers has the same batches.
+  data = dataclasses.replace(loaded.config.data, num_workers=0)
+  config = dataclasses.replace(loaded.config, data=data)
   encoder = pipeline.Encoder(
     loaded.tokenizer, config.prompt, config.data, config.model.vision.image_size
   )
