@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import ml_collections
 
-from vocojax.core.files import parse_json
 from vocojax.errors import ConfigError, shorten
 
 
@@ -460,11 +459,6 @@ class Config:
     except ConfigError as e:
       raise e.within(where) from e
 
-  @classmethod
-  def from_json(cls, text: str, where: str) -> "Config":
-    """The same from the text itself."""
-    return cls.from_saved(parse_json(text, where, dict, ConfigError), where)
-
 
 def budgets(k: int) -> tuple[int, ...]:
   """1, 2, 4, ... as long as they are below k, and k."""
@@ -551,12 +545,6 @@ def load_module(path: str) -> ml_collections.ConfigDict:
   source = pathlib.Path(path).read_text()
   exec(compile(source, str(path), "exec"), namespace)
   return namespace["get_config"]()
-
-
-def nearest_key(key: str, keys) -> str:
-  """' (did you mean ...?)' or nothing, for error messages."""
-  close = difflib.get_close_matches(key, list(keys), 1, 0.5)
-  return f"; the nearest key is {close[0]!r}" if close else ""
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

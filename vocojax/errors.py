@@ -20,12 +20,10 @@ class UserError(Exception):
     where: the file, key, flag or record.
     got: what was found there.
     expected: what should have been found.
-    fix: the remedy.
+    fix: the remedy; left out inside `core.files.remedy`, which adds it.
   """
 
-  def __init__(
-    self, where: Any, got: str = "", expected: str = "", fix: str = ""
-  ):
+  def __init__(self, where: Any, got: str, expected: str, fix: str = ""):
     # These are also what the error is pickled by, on its way from a worker.
     super().__init__(str(where), got, expected, fix)
     self.where = one_line(where)
@@ -34,11 +32,8 @@ class UserError(Exception):
     self.fix = one_line(fix)
 
   def __str__(self) -> str:
-    if not self.got:  # a message of before the fields
-      return self.where
-    return f"{self.where}: got {self.got}, expected {self.expected}. Fix: " + (
-      self.fix
-    )
+    line = f"{self.where}: got {self.got}, expected {self.expected}."
+    return f"{line} Fix: {self.fix}" if self.fix else line
 
   def within(self, where: Any) -> "UserError":
     """The same error with `where` put in front of its own."""

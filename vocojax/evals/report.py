@@ -101,9 +101,8 @@ def _write_report(workdir: pathlib.Path) -> pathlib.Path:
   predictions = _read_predictions(evaluation / "voco.predictions.jsonl", voco)
   attention = _read_attention(evaluation / "attention.npz")
   config_file = workdir / voco["phase"] / "config.json"
-  config = Config.from_json(
-    files.read_text(config_file, UserError), str(config_file)
-  )
+  saved = files.read_json(config_file, dict, UserError)
+  config = Config.from_saved(saved, str(config_file))
   metrics = _read_phases(workdir, voco["phase"])
 
   pictures = workdir / "report"
