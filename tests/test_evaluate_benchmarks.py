@@ -24,7 +24,7 @@ from tests.training import test_multihost
 from vocojax.data.tokenizer import load_tokenizer
 from vocojax.evals.benchmarks import files, registry
 from vocojax.inference.engine import Engine
-from vocojax.training import checkpoint
+from vocojax.training import checkpoint, checksums
 
 NUM_IMAGES = 6  # of GQA, with four questions each
 SAME = {"yes": "2", "no": "color"}  # words that change places
@@ -52,6 +52,7 @@ def folder(tmp_path_factory):
   checkpoint.write_settings(where, config, tokenizer)
   with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
     writer.save(where / "params", args=ocp.args.StandardSave(params))
+  checksums.write(where, 7)
   benchmark_data.gqa(folder, folder / "gqa", NUM_IMAGES)
   benchmark_data.mme(folder, folder / "mme")
   benchmark_data.msvd(folder / "msvd_qa")

@@ -12,7 +12,7 @@ from tests.evals.test_report import assert_drawn
 from vocojax import assemble
 from vocojax.config import load_module, phases
 from vocojax.data import tokenizer
-from vocojax.training import checkpoint
+from vocojax.training import checkpoint, checksums
 
 TAIL = """\
   c.model.compressor.num_voco_tokens = 2
@@ -30,6 +30,7 @@ def write_checkpoint(folder, config, words):
   checkpoint.write_settings(where, config, words)
   with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
     writer.save(where / "params", args=ocp.args.StandardSave(params))
+  checksums.write(where, 0)
 
 
 @pytest.fixture(scope="module")
