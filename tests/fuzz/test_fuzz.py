@@ -30,7 +30,7 @@ READERS = {
   "wrong": ("either", lambda folder: {"a": 2}),
   "taken": ("refuse", lambda folder: {"a": 1}),
   "rejected": ("read", refuse),
-  "message": ("refuse", lambda folder: {"a": DataError("one text alone")}),
+  "message": ("refuse", lambda folder: {"a": DataError("x", "", "b", "c")}),
   "read": ("either", lambda folder: {"a": 1}),
   "refused": ("either", refuse),
 }
