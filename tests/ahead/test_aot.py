@@ -195,7 +195,7 @@ def test_unknown_topology(aot, name, found):
 def test_batch_that_the_mesh_does_not_divide(aot):
   status, _, err = aot("--topology=v5e:4x4")
   assert status == 2
-  assert "config.data.batch_size: 8 is not a multiple of 16" in err
+  assert "config.data.batch_size: got 8, expected a multiple of 16" in err
 
 
 def test_too_big_a_model_says_what_to_change(aot):

@@ -154,8 +154,8 @@ def test_jax_cannot_be_imported(folder, tmp_path):
       ["--plot=x.png"],
       "--plot: got no --config, expected one, which names the data. Fix: ",
     ),
-    (["--config.seed=1"], "--config.seed: needs --config=FILE as well; "),
-    (["--config=none.py"], "--config=none.py: no such file; "),
+    (["--config.seed=1"], "--config: got nothing, expected --config=VALUE. "),
+    (["--config=none.py"], "--config=none.py: got no such file, expected "),
   ],
 )
 def test_wrong_usage(arguments, message):
