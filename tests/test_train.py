@@ -227,22 +227,28 @@ def test_a_mistake_in_the_last_phase_is_found_before_the_first(program, folder):
 
 
 def test_wrong_data_and_weights(program, folder):
-  for number, (arguments, start) in enumerate(
+  for number, (arguments, where, got) in enumerate(
     (
       (
         ["--config.data.train_split=train[:0]"],
-        f"{folder}/data.json: got no records in split 'train[:0]'",
+        f"{folder}/data.json",
+        "no records in split 'train[:0]'",
       ),
       (
         # Noticed before the training, not after it.
         ["--config.training.evaluate", "--config.evaluation.split=test"],
-        f"{folder}/data.json: got no split 'test'",
+        f"{folder}/data.json",
+        "no split 'test'",
       ),
-      ([f"--config.init_from={folder}"], f"{folder}: "),
+      (
+        [f"--config.init_from={folder}"],
+        str(folder),
+        "no folder checkpoints",
+      ),
     )
   ):
-    line = error_line(program, folder, f"data{number}", *arguments)
-    assert line.startswith(start)
+    found = error(program, folder, f"data{number}", *arguments)
+    assert (found.where, found.got) == (where, got)
 
 
 @pytest.mark.parametrize("log_every", ["4", "100"])
@@ -291,8 +297,9 @@ def test_unwritable_workdir(program, folder):
     ("file/run", "Not a directory"),
     ("file", "File exists"),
   ):
-    line = error_line(program, folder, workdir)
-    assert line.startswith(f"--workdir={folder}/{workdir}: ") and got in line
+    found = error(program, folder, workdir)
+    assert found.where == f"--workdir={folder}/{workdir}"
+    assert found.got == got
 
 
 def test_workdir_in_which_another_run_writes(program, folder):
@@ -311,26 +318,28 @@ def test_workdir_of_another_model(program, folder):
     program, folder, "taken", "--config.training.steps=1", config="two.py"
   )
   assert status == 0, err
-  line = error_line(
+  found = error(
     program,
     folder,
     "taken",
     "--config.model.llm.hidden_size=32",
     config="two.py",
   )
-  assert line.startswith(f"{folder}/taken/full/checkpoints/1: ")
-  assert "config.model.llm.hidden_size" in line
+  step = f"{folder}/taken/full/checkpoints/1"
+  assert found.where == f"{step}: config.model.llm.hidden_size"
+  assert found.got == "16"
   # Nothing of what was there is lost.
   assert checkpoints(folder / "taken/full") == [1]
   assert checkpoints(folder / "taken/voco") == [1]
-  line = error_line(
+  found = error(
     program,
     folder,
     "another",
     f"--config.init_from={folder}/taken/full",
     "--config.model.llm.hidden_size=32",
   )
-  assert line.startswith(f"{folder}/taken/full/checkpoints/1")
+  assert found.where.startswith(f"{step}/params: ")
+  assert found.got.startswith("shape (")
 
 
 def test_7b_config_says_what_is_missing(program, folder):
@@ -348,8 +357,8 @@ def test_7b_config_says_what_is_missing(program, folder):
     (2, "config.data.tokenizer"),
     (4, "config.init_from"),
   ):
-    line = error_line(program, folder, "paper", *given[:n], config=config)
-    assert line.startswith(f"{where}: ")
+    found = error(program, folder, "paper", *given[:n], config=config)
+    assert found.where == where
 
 
 @pytest.mark.parametrize(
