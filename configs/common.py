@@ -126,6 +126,9 @@ def get_config() -> ConfigDict:
   # earlier, and only text is. A record whose answers are all cut is left out.
   c.data.on_long_text = "refuse"
   c.data.on_bad_record = "stop"  # 'skip' counts and logs it, and goes on
+  # When a run resumes on data other than it began with: 'accept' goes on, from
+  # the beginning of the data if the number of records has changed.
+  c.data.on_changed_data = "stop"
 
   c.optimizer = ConfigDict()
   # 'muon': matrices by muon, the rest by adamw. 'lion' keeps one moment of a

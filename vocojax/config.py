@@ -280,6 +280,7 @@ class DataConfig:
   on_bad_record: Literal["skip", "stop"]
   grid_size: int = 2
   micro_batch_size: int = 8
+  on_changed_data: Literal["stop", "accept"] = "stop"
   on_long_text: Literal["refuse", "truncate"] = "refuse"
 
   def __post_init__(self):

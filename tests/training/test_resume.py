@@ -4,9 +4,12 @@ Real processes and real signals; `tests/runs.py` starts them.
 """
 
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -17,9 +20,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tests import runs
-from vocojax.config import load_module, phases
+from vocojax.config import Config, load_module, phases
 from vocojax.data import pipeline
 from vocojax.data.sources import make_source
+from vocojax.errors import CheckpointError
 from vocojax.training import checkpoint, loop
 
 # Between two checkpoints a line of metrics is always written, which a resumed
@@ -253,3 +257,116 @@ def test_sigterm_in_the_last_step_is_not_lost(folder, monkeypatch):
   assert steps(phase.folder) == [2]
   # The handler of before is back.
   assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def changed(folder: pathlib.Path, change: str) -> Config:
+  """The configuration with other data."""
+  (config,) = phases(load_module(str(folder / "one.py")))
+  entries = [runs.entry(i) for i in range(runs.NUM_RECORDS)]
+  if change == "an answer":
+    entries[0]["conversations"][1]["value"] = "blue"
+  elif change == "a record more":
+    entries.append(runs.entry(0))
+  if change == "split":
+    return config_with(config, train_split="train[:20]")
+  path = folder / f"{change}.json"
+  path.write_text(json.dumps(entries))
+  return config_with(config, path=str(path))
+
+
+def config_with(config: Config, **data) -> Config:
+  data = dataclasses.replace(config.data, **data)
+  return dataclasses.replace(config, data=data)
+
+
+def with_steps(config: Config, steps: int) -> Config:
+  training = dataclasses.replace(
+    config.training, steps=steps, keep_checkpoints=9
+  )
+  return dataclasses.replace(config, training=training)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+  """Data without bad records."""
+  folder = tmp_path_factory.mktemp("sound")
+  runs.write_data(folder)
+  runs.write_config(folder, "one.py", runs.ONE_PHASE)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def begun(sound):
+  """The phase folder of a run of two steps."""
+  (config,) = phases(load_module(str(sound / "one.py")))
+  with runs.quick_compile():
+    loop.run(runs.phase(with_steps(config, 2), sound / "begun"))
+  return sound / "begun"
+
+
+def resume(config: Config, begun: pathlib.Path, where: pathlib.Path) -> dict:
+  """Two steps more, in a copy; how far the data then was read."""
+  phase = runs.phase(with_steps(config, 4), where)
+  shutil.copytree(begun, where, dirs_exist_ok=True)
+  with runs.quick_compile():
+    loop.run(phase)
+  return checkpoint.read_json(where / "checkpoints/4", "data")
+
+
+@pytest.mark.parametrize("change", ["an answer", "a record more", "split"])
+def test_other_data_is_refused_or_accepted(
+  sound, begun, tmp_path, capsys, change
+):
+  config = changed(sound, change)
+  with pytest.raises(CheckpointError) as e:
+    resume(config, begun, tmp_path / "refused")
+  assert e.value.where == f"{tmp_path}/refused/checkpoints/2: the data"
+  records = {"a record more": 25, "split": 20}.get(change, 24)
+  assert e.value.got.startswith(f"{records} records (sha256:")
+  assert e.value.expected.startswith("24 records (sha256:")
+  assert steps(tmp_path / "refused") == [2]
+  config = config_with(config, on_changed_data="accept")
+  data = resume(config, begun, tmp_path / "accepted")
+  assert "the data has changed" in capsys.readouterr().err
+  # Four batches of four records, or two where it begins anew.
+  read = 16 if records == 24 else 8
+  assert data["shares"] == [{"next_record": read}]
+  assert data["source"]["records"] == records
+
+
+def test_the_same_data_elsewhere(sound, begun, tmp_path, capsys):
+  (sound / "copy").mkdir()
+  shutil.copy(sound / "data.json", sound / "copy")
+  (config,) = phases(load_module(str(sound / "one.py")))
+  config = config_with(config, path=str(sound / "copy/data.json"))
+  data = resume(config, begun, tmp_path / "copy")
+  digest = hashlib.sha256((sound / "data.json").read_bytes()).hexdigest()
+  assert data["source"] == {"records": 24, "identity": f"sha256:{digest}"}
+  assert "data" not in capsys.readouterr().err
+
+
+def test_a_run_from_before_data_was_compared(
+  sound, tmp_path, capsys, monkeypatch
+):
+  (config,) = phases(load_module(str(sound / "one.py")))
+  with runs.quick_compile(), monkeypatch.context() as before:
+    before.setattr(loop, "_source", lambda phase: None)
+    loop.run(runs.phase(with_steps(config, 2), tmp_path / "old"))
+  saved = checkpoint.read_json(tmp_path / "old/checkpoints/2", "data")
+  assert saved == {"shares": [{"next_record": 8}]}
+  data = resume(config, tmp_path / "old", tmp_path / "new")
+  said = [
+    line
+    for line in capsys.readouterr().err.splitlines()
+    if "does not say what data" in line
+  ]
+  assert len(said) == 1
+  assert data["shares"] == [{"next_record": 16}]
+
+
+def test_done_phases_need_no_data(sound, begun, tmp_path):
+  """Such as the first phase of a run whose second one is resumed."""
+  shutil.copytree(begun, tmp_path / "done")
+  config = with_steps(changed(sound, "an answer"), 2)
+  phase = runs.phase(config, tmp_path / "unused")
+  loop.run(dataclasses.replace(phase, folder=tmp_path / "done"))

@@ -69,7 +69,7 @@ _CONFIG_MAY = {
 _ASIDE = (
   *("name", "seed", "init_from", "mesh", "evaluation", "training.teacher"),
   *("data.path", "data.image_folder", "data.tokenizer"),
-  *("data.num_workers", "data.prefetch_batches"),
+  *("data.num_workers", "data.prefetch_batches", "data.on_changed_data"),
   *("training.log_every", "training.checkpoint_every"),
   *("training.keep_checkpoints", "training.evaluate"),
   *(f"model.{key}" for key in HOW_COMPUTED),

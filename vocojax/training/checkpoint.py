@@ -140,7 +140,11 @@ class Checkpointer:
     return self._folder / str(step)
 
   def save(
-    self, train_state: TrainState, shares: list[dict], progress: dict
+    self,
+    train_state: TrainState,
+    shares: list[dict],
+    progress: dict,
+    source: dict | None = None,
   ) -> None:
     """Starts writing; a step that is already there is left as it is.
 
@@ -148,6 +152,7 @@ class Checkpointer:
       train_state: parameters and optimiser state, after this step.
       shares: state of the iterator over each share of the data.
       progress: sums of metrics that are not logged yet.
+      source: what tells the data from any other; see `source`.
     """
     step = int(train_state.step)
     if step in self._manager.all_steps():
@@ -156,7 +161,9 @@ class Checkpointer:
     items = ocp.args.Composite(
       params=ocp.args.StandardSave(train_state.params),
       optimizer=ocp.args.StandardSave(optimizer),
-      data=ocp.args.JsonSave({"shares": shares}),
+      data=ocp.args.JsonSave(
+        {"shares": shares} | ({"source": source} if source else {})
+      ),
       config=ocp.args.JsonSave(json.loads(self._config.to_json())),
       tokenizer=ocp.args.JsonSave(self._tokenizer),
       layout=ocp.args.JsonSave(self._layout.stamp()),
@@ -220,6 +227,23 @@ class Checkpointer:
         "use another step, or copy this one again",
       )
     return train_state, shares, progress
+
+  def source(self, step: int) -> dict[str, Any] | None:
+    """What the data of a step was; None if it does not say so.
+
+    Its number of `records` and its `identity`, as `sources.identity` has it.
+
+    Raises:
+      CheckpointError: it is of another form.
+    """
+    item = f"{self.path(step)}/data"
+    saved = read_json(self.path(step), "data")
+    kinds = (dict, type(None))
+    found = files.get_field(saved, "source", kinds, item, CheckpointError, None)
+    if found is not None:
+      for key, kind in (("records", int), ("identity", str)):
+        files.get_field(found, key, kind, f"{item}: source", CheckpointError)
+    return found
 
   def wait(self) -> None:
     """Until what was started is on disk."""

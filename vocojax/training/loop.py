@@ -8,6 +8,7 @@ import pathlib
 import signal
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from vocojax.config import Config
-from vocojax.data import pipeline
+from vocojax.data import pipeline, sources
 from vocojax.data.sources import Source
 from vocojax.errors import CheckpointError, ConfigError, DataError, UserError
 from vocojax.models.vlm import VisionLanguageModel
@@ -286,6 +287,7 @@ def _run(phase: Phase) -> state.Params:
   training, freeze = config.training, config.optimizer.freeze
   optimizer = make_optimizer(config.optimizer, phase.steps)
   feed = _feed(phase)
+  source = _source(phase)
   checkpoints = checkpoint.Checkpointer(phase.folder, config, phase.tokenizer)
   distilled = training.distill_weight > 0
   try:
@@ -301,10 +303,16 @@ def _run(phase: Phase) -> state.Params:
       )(params)
       sums = metrics.Sums(distilled=distilled)
     else:
-      train_state, shares, progress = checkpoints.restore(
-        checkpoints.latest, abstract, feed.shard_count
+      latest = checkpoints.latest
+      # A phase that is done reads no data.
+      same_order = latest >= phase.steps or _same_order(
+        phase, checkpoints.path(latest), checkpoints.source(latest), source
       )
-      feed.go_to(shares)
+      train_state, shares, progress = checkpoints.restore(
+        latest, abstract, feed.shard_count
+      )
+      if same_order:
+        feed.go_to(shares)
       sums = metrics.Sums(progress, distilled)
       if int(train_state.step) < phase.steps and jax.process_index() == 0:
         print(
@@ -317,7 +325,9 @@ def _run(phase: Phase) -> state.Params:
     def train_step(*state_and_batch):
       return compiled(*state_and_batch, teacher)
 
-    return _loop(phase, train_step, train_state, feed, checkpoints, sums)
+    return _loop(
+      phase, train_step, train_state, feed, source, checkpoints, sums
+    )
   except Stopped:
     raise
   except BaseException as e:
@@ -340,7 +350,63 @@ def _feed(phase: Phase) -> Feed:
   )
 
 
-def _loop(phase, train_step, train_state, feed, checkpoints, sums):
+def _source(phase: Phase) -> dict[str, Any]:
+  """What a checkpoint keeps of the data; the first process looks at it."""
+  known = None
+  if jax.process_index() == 0:
+    known = {
+      "records": len(phase.source),
+      "identity": sources.identity(phase.config.data),
+    }
+  return distributed.gather(known)[0]
+
+
+def _same_order(
+  phase: Phase,
+  where: pathlib.Path,
+  before: dict[str, Any] | None,
+  source: dict[str, Any],
+) -> bool:
+  """Whether the data can be read on from where a checkpoint ends.
+
+  Raises:
+    CheckpointError: it is other data, which `config.data.on_changed_data` does
+      not accept.
+  """
+  if before == source:
+    return True
+  first_host, name = jax.process_index() == 0, phase.config.name
+  if before is None:
+    if first_host:
+      print(
+        f"{name}: {where} does not say what data it was trained on; resuming "
+        "as if it were the same",
+        file=sys.stderr,
+      )
+    return True
+  if phase.config.data.on_changed_data == "stop":
+    raise CheckpointError(
+      f"{where}: the data",
+      _in_words(source),
+      f"{_in_words(before)}, which it was trained on",
+      "give the run its data again, or go on with this by setting "
+      "config.data.on_changed_data to 'accept'",
+    )
+  same = before["records"] == source["records"]
+  if first_host:
+    print(
+      f"{name}: the data has changed, which config.data.on_changed_data "
+      f"accepts; it is read {'on' if same else 'from its beginning'}",
+      file=sys.stderr,
+    )
+  return same
+
+
+def _in_words(source: dict[str, Any]) -> str:
+  return f"{source['records']:,} records ({source['identity'][:24]})"
+
+
+def _loop(phase, train_step, train_state, feed, source, checkpoints, sums):
   """The steps themselves. A step's metrics are read while the next one runs."""
   config, training = phase.config, phase.config.training
   first = int(train_state.step)
@@ -438,7 +504,7 @@ def _loop(phase, train_step, train_state, feed, checkpoints, sums):
           settle(*pending)
         pending = None
         sums.values["bad_records"] = bad_before + feed.total(feed.bad_records)
-        checkpoints.save(train_state, feed.states(), sums.values)
+        checkpoints.save(train_state, feed.states(), sums.values, source)
       bar.update()
       if stop:
         break
