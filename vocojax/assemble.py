@@ -7,6 +7,7 @@ import dataclasses
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -77,7 +78,7 @@ def tokenizer_for(
   if not folder and config.data.source in ("easy_vqa", "grid_vqa"):
     folder = workdir / "tokenizer"
     if jax.process_index() == 0 and not folder.is_dir():
-      build_word_level(_texts(config, source)).save_pretrained(folder)
+      _save_whole(build_word_level(_texts(config, source)), folder)
     distributed.gather(None)  # wait for it
   if not folder:
     raise ConfigError(
@@ -91,6 +92,18 @@ def tokenizer_for(
     return load_tokenizer(folder)
   except DataError as e:
     raise e.within("config.data.tokenizer") from e
+
+
+def _save_whole(
+  tokenizer: transformers.PreTrainedTokenizerFast, folder: pathlib.Path
+) -> None:
+  part = folder.with_name(f"{folder.name}.part")
+  with storage(folder):
+    try:
+      tokenizer.save_pretrained(part)
+      part.rename(folder)
+    finally:
+      shutil.rmtree(part, ignore_errors=True)
 
 
 def _texts(config: Config, source: Source) -> Iterator[str]:

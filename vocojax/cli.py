@@ -13,9 +13,8 @@ status 2; a mistake of ours keeps its stack trace.
     cli.run(main, "Trains a model.")
 """
 
-import ctypes
+import contextlib
 import functools
-import gc
 import glob
 import importlib.util
 import operator
@@ -59,7 +58,8 @@ def run(
       before, between and after flags; after `--` all are arguments.
 
   Raises:
-    SystemExit: always; status 2 for a user's mistake, 130 for Ctrl-C.
+    SystemExit: always, but for Ctrl-C, which ends the process at once with
+      status 130; status 2 is a user's mistake.
   """
   logging.use_absl_handler()
   _skip_absent_tpu()
@@ -93,10 +93,16 @@ def _run(
     message, status = str(e), 2
   except KeyboardInterrupt as e:
     message, status = str(e) or "interrupted", 130
-    _leave_compiling()
   finally:
     sys.unraisablehook = before
   print(f"error: {message}", file=sys.stderr)
+  if status == 130:
+    # At once: the end of Python waits for threads that save, and the end of
+    # JAX for XLA, which Ctrl-C does not stop while it compiles.
+    with contextlib.suppress(OSError):
+      sys.stdout.flush()
+      sys.stderr.flush()
+    os._exit(status)
   sys.exit(status)
 
 
@@ -110,26 +116,6 @@ def _interrupt_again(otherwise: Callable[[Any], Any], ignored: Any) -> None:
     return
   main, number = threading.main_thread().ident, signal.SIGINT
   threading.Timer(0.1, signal.pthread_kill, (main, number)).start()
-
-
-def _leave_compiling() -> None:
-  """Lets the process end while XLA compiles, which Ctrl-C does not stop.
-
-  The end of JAX's client frees the devices, then waits for the compilation,
-  which uses them when it is done: SIGSEGV. So they are kept, and with them the
-  client. exit() would free C++ globals in use, too, and so ends the process at
-  once. Python, its atexit included, has come to its end as ever by then.
-  """
-  device = getattr(sys.modules.get("jax"), "Device", None)
-  if device is None:
-    return
-  # jax.devices() would start JAX where nothing did yet.
-  for x in gc.get_objects():
-    if issubclass(type(x), device):
-      ctypes.pythonapi.Py_IncRef(ctypes.py_object(x))
-  libc = ctypes.CDLL(None)
-  if hasattr(libc, "on_exit"):  # glibc; the last one is called first
-    libc.on_exit(libc._exit, None)
 
 
 def define_config(required: bool = True) -> flags.FlagHolder:

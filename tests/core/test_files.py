@@ -161,6 +161,41 @@ def test_write_atomic_leaves_nothing_of_a_write_that_failed(tmp_path):
   assert (tmp_path / "a").read_text() == "old"
 
 
+@pytest.mark.parametrize(
+  ("cause", "got", "expected"),
+  [
+    (
+      OSError(28, "No space left on device"),
+      "No space left on device",
+      "room to write",
+    ),
+    # As TensorStore and the tokenizers say it.
+    (
+      ValueError("RESOURCE_EXHAUSTED: a/b [os_error_code='28']"),
+      "No space left on device",
+      "room to write",
+    ),
+    (
+      Exception("Read-only file system (os error 30)"),
+      "Read-only file system",
+      "a place that can be written",
+    ),
+  ],
+)
+def test_errors_of_writing(cause, got, expected):
+  with pytest.raises(DataError) as e, files.storage("a", DataError):
+    raise RuntimeError("saving failed") from cause
+  found = e.value
+  assert (found.where, found.got, found.expected) == ("a", got, expected)
+
+
+def test_errors_of_writing_are_no_others():
+  for error in (ValueError("28"), DataError("b", "x", "y", "z")):
+    with pytest.raises(type(error)) as e, files.storage("a"):
+      raise error
+    assert e.value is error
+
+
 def test_an_error_keeps_its_fields_through_pickle_and_within():
   error = WeightsError("a.json", "a\nlist \x1b[1m", "an object", "mend it")
   again = pickle.loads(pickle.dumps(error.within("model")))

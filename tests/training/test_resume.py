@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tests import runs
+from tests import disks, runs
 from vocojax.config import Config, load_module, phases
 from vocojax.data import pipeline
 from vocojax.data.sources import make_source
@@ -206,6 +207,43 @@ def test_sigkill_three_times(folder, uninterrupted):
   for phase in ("full", "voco"):
     assert_same_end(workdir / phase, uninterrupted / phase)
     assert not half_written(workdir / phase)
+
+
+@pytest.fixture(scope="module")
+def program(folder):
+  program = runs.Forks(folder, "vocojax.train")
+  yield program
+  program.close()
+
+
+@pytest.mark.parametrize("size", ["16k", "100k", "500k", "1m"])
+def test_a_disk_that_is_full_and_then_read_only(
+  folder, uninterrupted, program, tmp_path, size
+):
+  """One line, nothing half-written, and with room the run resumes."""
+  with disks.mounted(tmp_path / "disk", size) as disk:
+    command = (f"--config={folder / 'two.py'}", f"--workdir={disk / 'run'}")
+    for got in ("No space left on device", "Read-only file system"):
+      before = steps(disk / "run/full") + steps(disk / "run/voco")
+      status, out, err = program.run(*command)
+      *above, line, end = err.split("\n")
+      assert (status, out, end) == (2, "", ""), err
+      assert all(x.startswith(("\r", "full: ", "voco: ")) for x in above), err
+      assert f" {disk}/run" in f" {line}" and f": got {got}, " in line, err
+      left = [
+        path
+        for path in disk.rglob("*")
+        if re.search(r"\.part$|tmp|lock", path.name)
+      ]
+      assert not left
+      disks.remount(disk, "ro")
+    # Nothing was lost, and nothing was written to the read-only disk.
+    assert steps(disk / "run/full") + steps(disk / "run/voco") == before
+    disks.remount(disk, "rw,size=64m")
+    status, _, err = program.run(*command)
+    assert status == 0, err
+    for phase in ("full", "voco"):
+      assert_same_end(disk / "run" / phase, uninterrupted / phase)
 
 
 @pytest.mark.parametrize(

@@ -498,15 +498,31 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def storage(
   path: str | os.PathLike, error: Errors = UserError
 ) -> Iterator[None]:
-  """Turns an OSError of writing into one line about `path` and the remedy.
+  """Turns an error of writing into one line about `path` and the remedy.
+
+  Such as that of a full disk; TensorStore and tokenizers only speak of it.
 
   Raises:
     UserError: of class `error`.
   """
   try:
     yield
-  except OSError as e:
-    raise storage_error(path, e, error) from e
+  except UserError:
+    raise
+  except Exception as e:
+    cause = _os_error(e)
+    if cause is None:
+      raise
+    raise storage_error(path, cause, error) from e
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+  """The error of the system that another one came from, if it came from one."""
+  while error is not None and not isinstance(error, OSError):
+    if match := re.search(r"\bos[ _]error(?:_code=')? ?(\d+)", str(error)):
+      return OSError(int(match[1]), os.strerror(int(match[1])))
+    error = error.__cause__
+  return error
 
 
 def storage_error(

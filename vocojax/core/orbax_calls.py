@@ -8,6 +8,7 @@ checkpoint is damaged.
 
 import asyncio
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Iterator
@@ -39,6 +40,21 @@ class _Loop(asyncio.SelectorEventLoop):
 
 class _Policy(asyncio.DefaultEventLoopPolicy):
   _loop_factory = _Loop
+
+
+@contextlib.contextmanager
+def orbax_quiet() -> Iterator[None]:
+  """Keeps Orbax from logging stack traces of errors that it also raises."""
+
+  def is_other(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and "/orbax/" in record.pathname)
+
+  logger = logging.getLogger("absl")
+  logger.addFilter(is_other)
+  try:
+    yield
+  finally:
+    logger.removeFilter(is_other)
 
 
 @contextlib.contextmanager

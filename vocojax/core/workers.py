@@ -7,6 +7,7 @@ to it: a terminal and most schedulers send them to all processes of a program.
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from multiprocessing import resource_tracker, util
 
@@ -35,7 +36,13 @@ def start(iterator: grain.DatasetIterator) -> None:
   Its first stage must be a thread, as of `ThreadPrefetchIterDataset`. That one
   and the processes that it starts get neither Ctrl-C nor SIGTERM.
   """
-  resource_tracker.ensure_running()  # else it begins, and unblocks, in there
+  # First, since it unblocks signals where it starts. That it has to remove what
+  # a killed run left is no news.
+  sys.warnoptions.append("ignore:resource_tracker")
+  try:
+    resource_tracker.ensure_running()
+  finally:
+    sys.warnoptions.pop()
   signals = (signal.SIGINT, signal.SIGTERM)
   before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
   try:

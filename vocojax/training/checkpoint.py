@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -111,7 +112,7 @@ class Checkpointer:
     ):
       registry.add(item, ocp.args.StandardSave, handler)
       registry.add(item, ocp.args.StandardRestore, handler)
-    with orbax_call():
+    with files.storage(self._folder), orbax_call():
       self._manager = ocp.CheckpointManager(
         self._folder.absolute(),
         options=ocp.CheckpointManagerOptions(
@@ -170,7 +171,7 @@ class Checkpointer:
       # A copy: it is written later, while the original counts on.
       progress=ocp.args.JsonSave(dict(progress)),
     )
-    with orbax_call():
+    with files.storage(self.path(step)), orbax_call():
       self._manager.save(step, args=items)
 
   def restore(
@@ -247,10 +248,23 @@ class Checkpointer:
 
   def wait(self) -> None:
     """Until what was started is on disk."""
-    self._manager.wait_until_finished()
+    with files.storage(self._folder):
+      self._manager.wait_until_finished()
+
+  def check(self) -> None:
+    """Raises what went wrong with a save in the background, if anything did."""
+    with files.storage(self._folder):
+      self._manager.check_for_errors()
 
   def close(self) -> None:
-    self._manager.close()
+    """Waits, and removes what could not be written to its end."""
+    try:
+      with files.storage(self._folder):
+        self._manager.close()
+    finally:
+      if jax.process_index() == 0:
+        for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
+          shutil.rmtree(path, ignore_errors=True)
 
 
 def _reshare(path: pathlib.Path, shares: list[dict], count: int) -> list[dict]:

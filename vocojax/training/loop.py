@@ -19,6 +19,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from vocojax.config import Config
+from vocojax.core.orbax_calls import orbax_quiet
 from vocojax.data import pipeline, sources
 from vocojax.data.sources import Source
 from vocojax.errors import CheckpointError, ConfigError, DataError, UserError
@@ -122,7 +123,7 @@ def run(phase: Phase) -> state.Params:
     Stopped: SIGTERM or Ctrl-C arrived and the state is on disk.
   """
   check(phase)
-  with jax.set_mesh(phase.mesh):
+  with orbax_quiet(), jax.set_mesh(phase.mesh):
     return _run(phase)
 
 
@@ -283,59 +284,69 @@ def init_params(
 
 
 def _run(phase: Phase) -> state.Params:
+  source = _source(phase)
+  with contextlib.ExitStack() as opened:
+    feed = _feed(phase)
+    opened.callback(feed.close)
+    checkpoints = checkpoint.Checkpointer(
+      phase.folder, phase.config, phase.tokenizer
+    )
+    opened.callback(checkpoints.close)
+    try:
+      return _train(phase, feed, source, checkpoints)
+    except Stopped:
+      raise
+    except BaseException as e:
+      distributed.leave(e)
+      if isinstance(e, KeyboardInterrupt):
+        opened.pop_all()  # to close them is to wait for what they are doing
+      raise
+
+
+def _train(
+  phase: Phase,
+  feed: Feed,
+  source: dict[str, Any],
+  checkpoints: checkpoint.Checkpointer,
+) -> state.Params:
   config, mesh = phase.config, phase.mesh
   training, freeze = config.training, config.optimizer.freeze
   optimizer = make_optimizer(config.optimizer, phase.steps)
-  feed = _feed(phase)
-  source = _source(phase)
-  checkpoints = checkpoint.Checkpointer(phase.folder, config, phase.tokenizer)
   distilled = training.distill_weight > 0
-  try:
-    teacher = load_teacher(config, phase.model, mesh)
-    abstract = abstract_state(config, phase.model, mesh, optimizer)
-    if checkpoints.latest is None:
-      params = init_params(
-        phase.model, mesh, config.seed, config.init_from, freeze
-      )
-      train_state = jax.jit(
-        lambda p: step.init_state(p, optimizer, freeze),
-        out_shardings=jax.tree.map(lambda s: s.sharding, abstract),
-      )(params)
-      sums = metrics.Sums(distilled=distilled)
-    else:
-      latest = checkpoints.latest
-      # A phase that is done reads no data.
-      same_order = latest >= phase.steps or _same_order(
-        phase, checkpoints.path(latest), checkpoints.source(latest), source
-      )
-      train_state, shares, progress = checkpoints.restore(
-        latest, abstract, feed.shard_count
-      )
-      if same_order:
-        feed.go_to(shares)
-      sums = metrics.Sums(progress, distilled)
-      if int(train_state.step) < phase.steps and jax.process_index() == 0:
-        print(
-          f"{config.name}: resuming after step {int(train_state.step)} of "
-          f"{phase.steps}",
-          file=sys.stderr,
-        )
-    compiled = jit_train_step(config, phase.model, mesh, optimizer, abstract)
-
-    def train_step(*state_and_batch):
-      return compiled(*state_and_batch, teacher)
-
-    return _loop(
-      phase, train_step, train_state, feed, source, checkpoints, sums
+  teacher = load_teacher(config, phase.model, mesh)
+  abstract = abstract_state(config, phase.model, mesh, optimizer)
+  latest = checkpoints.latest
+  if latest is None:
+    params = init_params(
+      phase.model, mesh, config.seed, config.init_from, freeze
     )
-  except Stopped:
-    raise
-  except BaseException as e:
-    distributed.leave(e)
-    raise
-  finally:
-    checkpoints.close()
-    feed.close()
+    train_state = jax.jit(
+      lambda p: step.init_state(p, optimizer, freeze),
+      out_shardings=jax.tree.map(lambda s: s.sharding, abstract),
+    )(params)
+    sums = metrics.Sums(distilled=distilled)
+  else:
+    # A phase that is done reads no data.
+    same_order = latest >= phase.steps or _same_order(
+      phase, checkpoints.path(latest), checkpoints.source(latest), source
+    )
+    train_state, shares, progress = checkpoints.restore(
+      latest, abstract, feed.shard_count
+    )
+    if same_order:
+      feed.go_to(shares)
+    sums = metrics.Sums(progress, distilled)
+    if latest < phase.steps and jax.process_index() == 0:
+      print(
+        f"{config.name}: resuming after step {latest} of {phase.steps}",
+        file=sys.stderr,
+      )
+  compiled = jit_train_step(config, phase.model, mesh, optimizer, abstract)
+
+  def train_step(*state_and_batch):
+    return compiled(*state_and_batch, teacher)
+
+  return _loop(phase, train_step, train_state, feed, source, checkpoints, sums)
 
 
 def _feed(phase: Phase) -> Feed:
@@ -461,6 +472,7 @@ def _loop(phase, train_step, train_state, feed, source, checkpoints, sums):
         "check the answers of the data, config.prompt.layout and "
         "config.data.max_text_length",
       )
+    checkpoints.check()
     sums.values["bad_records"] = bad_before + feed.total(bad_records)
     seconds = time.perf_counter() - started
     line = sums.means() | {
