@@ -370,7 +370,8 @@ def test_a_server_that_refuses_all_is_not_asked_for_ever(serve, tmp_path):
 
 
 def test_a_judge_that_takes_no_temperature(serve, tmp_path):
-  fixed = (400, b'{"error": {"message": "temperature does not support 0"}}')
+  said = b'{"error": {"message": "%s temperature does not support 0"}}'
+  fixed = (400, said % (b"x" * 300))  # more than is shown of it
   stub = serve({"one": [fixed, "?", YES], "two": [NO]})
   judge = make_judge(stub, tmp_path, concurrency=1)
   found = judge.verdicts([case("one"), case("two")])
@@ -401,6 +402,12 @@ def test_calls_under_way_when_the_temperature_is_refused(serve, tmp_path):
 def test_judge_needs_a_url(tmp_path, url):
   with raises(JudgeError, "--judge_url", repr(url), "http://localhost:8000"):
     Judge(Server(url, "m"), tmp_path / "j.jsonl")
+
+
+def test_a_model_whose_name_is_no_text(tmp_path):
+  """As a command line of other bytes than UTF-8 gives it."""
+  with raises(JudgeError, "--judge_model", "half of a surrogate pair"):
+    Judge(Server("http://here/v1", "m\udcff"), tmp_path / "j.jsonl")
 
 
 @pytest.mark.parametrize(

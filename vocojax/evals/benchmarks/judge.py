@@ -129,6 +129,7 @@ class Judge:
         or cannot be written.
     """
     _check_url(server.url)
+    files.refuse_surrogates(server.model, "--judge_model", JudgeError)
     if not re.fullmatch("[!-~]*", server.api_key):
       raise JudgeError(
         "JUDGE_API_KEY",
@@ -297,7 +298,7 @@ class Judge:
       except _Status as e:
         reason, passing = str(e), e.code in _PASSING or e.code >= 500
         after = e.headers.get("Retry-After", "")
-        if e.code == 400 and "temperature" in e.said and temperatures:
+        if e.code == 400 and e.is_about_temperature and temperatures:
           # Some judges have only their own. Other calls may be under way.
           self._temperatures, passing, after = None, True, ""
         elif e.code in _REFUSALS:
@@ -352,12 +353,14 @@ class Judge:
         content = reply.read(_MAX_REPLY + 1)
     except urllib.error.HTTPError as e:
       with e:
-        words = [e.reason, e.read(_MAX_REPLY).decode(errors="replace")]
+        content = e.read(_MAX_REPLY).decode(errors="replace")
+      words = [e.reason, content]
       if 300 <= e.code < 400:
         to = e.headers.get("Location", "nowhere")
         words = [f"a redirect to {to}, which is not followed"]
       said = " ".join(filter(None, map(self._quote, words)))
-      raise _Status(e.code, said, e.headers) from e
+      about = "temperature" in content[: 100 * _SHOWN]
+      raise _Status(e.code, said, e.headers, about) from e
     if len(content) > _MAX_REPLY:
       raise _NoReply(f"a reply of more than {_MAX_REPLY:,} bytes")
     return content
@@ -438,9 +441,16 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 class _Status(Exception):
   """The server replied with a status that is no success, and said why."""
 
-  def __init__(self, code: int, said: str, headers: email.message.Message):
+  def __init__(
+    self,
+    code: int,
+    said: str,
+    headers: email.message.Message,
+    is_about_temperature: bool,
+  ):
     super().__init__(f"HTTP {code} {said}")
-    self.code, self.said, self.headers = code, said, headers
+    self.code, self.headers = code, headers
+    self.is_about_temperature = is_about_temperature
 
 
 class _NoReply(Exception):
