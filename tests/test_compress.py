@@ -22,7 +22,7 @@ from vocojax.config import load_module, phases
 from vocojax.data import tokenizer
 from vocojax.inference.cache import image_hash
 from vocojax.inference.store import CacheStore
-from vocojax.training import checkpoint
+from vocojax.training import checkpoint, checksums
 
 TAIL = """\
   c.model.compressor.num_voco_tokens = 2
@@ -45,6 +45,7 @@ def folder(tmp_path_factory):
   checkpoint.write_settings(where, config, words)
   with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
     writer.save(where / "params", args=ocp.args.StandardSave(params))
+  checksums.write(where, 0)
   (folder / "many").mkdir()
   for i in range(MANY):
     shutil.copy(REAL / f"{i}.png", folder / "many")

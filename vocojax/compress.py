@@ -183,7 +183,7 @@ class _Work:
       done = self._compressed + self._skipped
       print(
         f"stopped: {done:,} of {self._num_files:,} are in the store; the same "
-        "command goes on from there"
+        "command resumes from there"
       )
       return 130
     return 1 if self._failed else 0
