@@ -228,7 +228,8 @@ def test_a_disk_that_is_full_and_then_read_only(
       status, out, err = program.run(*command)
       *above, line, end = err.split("\n")
       assert (status, out, end) == (2, "", ""), err
-      assert all(x.startswith(("\r", "full: ", "voco: ")) for x in above), err
+      # Progress, and Orbax' warnings on a slow machine.
+      assert all(re.match(r"\r|(full|voco): |W\d", x) for x in above), err
       assert f" {disk}/run" in f" {line}" and f": got {got}, " in line, err
       left = [
         path
