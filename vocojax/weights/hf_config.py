@@ -354,6 +354,7 @@ def published_llama(
       values[field.name] = getattr(config, field.name)
   rope = dataclasses.asdict(config.rope)
   theta, scaling = rope.pop("theta"), rope.pop("scaling")
+  del rope["round_positions"]  # of training
   values["rope_theta"] = theta
   if scaling != "none":
     values["rope_scaling"] = rope | {"rope_type": scaling}
