@@ -391,7 +391,6 @@ def write_item(where, item, content):
     "../{up}",
     "tokenizer.json/../../{up}",
     "../tokenizer.json",
-    "/etc/passwd",
     ".bashrc",
     "chat_template.jinja",
     "a\0b",
@@ -468,7 +467,7 @@ def test_pipe_among_arrays(saved, tmp_path):
       fresh_params(saved[0].model, str(where))
     assert e.value.where == f"{where}/params/_METADATA"
     assert e.value.got == "a pipe"
-    (where / checksums.FILE).unlink(missing_ok=True)
+    (where / checksums.FILE).unlink()
 
 
 # Whether or not there are checksums, which find it first.

@@ -3,6 +3,7 @@
 They talk through gloo on this machine. `tests/runs.py` starts them.
 """
 
+import json
 import re
 import shutil
 import signal
@@ -17,7 +18,7 @@ import pytest
 from tests import runs, test_evaluate
 from tests.training import test_resume, test_sharding
 from vocojax.core import lock
-from vocojax.training import checkpoint, loop, sharding
+from vocojax.training import checkpoint, checksums, loop, sharding
 
 TAIL = test_sharding.TAIL
 # Both shares of the data have bad records, at different places.
@@ -133,6 +134,34 @@ def test_tensor_axis_across_hosts(folder, one_device):
   test_sharding.assert_same_curve(runs.metrics(phase), one_device[0])
   data = checkpoint.read_json(phase / "checkpoints" / "20", "data")
   assert data["shares"] == [{"next_record": 160}]
+
+
+@pytest.mark.slow
+def test_each_process_sums_and_compares_files(folder, two_processes):
+  """What one of them finds damaged, all refuse, in one line each."""
+  step = two_processes / "checkpoints" / "20"
+  sums = json.loads((step / checksums.FILE).read_text())["files"]
+  files = {str(p.relative_to(step)) for p in step.glob("*/**/*") if p.is_file()}
+  assert sums.keys() == files
+  for item in ("params", "optimizer"):
+    for i in range(2):
+      assert any(x.startswith(f"{item}/ocdbt.process_{i}/d/") for x in files)
+  mesh = [f"--config.mesh.{axis}=2" for axis in sharding.AXES]
+  for i in range(2):
+    shutil.copytree(two_processes, folder / f"damaged{i}" / "voco")
+    params = folder / f"damaged{i}/voco/checkpoints/20/params"
+    path = max(
+      params.glob(f"ocdbt.process_{i}/d/*"), key=lambda p: p.stat().st_size
+    )
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    processes = train(folder, f"damaged{i}", *mesh, devices=4)
+    for j, (_, err) in enumerate(finish(processes, 2)):
+      assert err.startswith(
+        f"error: process {j} of 2: {path}: got damaged content, expected "
+      )
+      assert err.count("\n") == 1
 
 
 def rows(batch) -> list[bytes]:
