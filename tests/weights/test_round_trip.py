@@ -17,7 +17,7 @@ from tests.weights.test_parity import hf_logits, inputs, original_logits
 from vocojax.data.tokenizer import VOCO_TOKEN
 from vocojax.errors import CheckpointError, WeightsError
 from vocojax.models.compressors import StreamTokens
-from vocojax.training import checkpoint
+from vocojax.training import checkpoint, checksums
 from vocojax.weights import into, out_of, stream, write_out
 from vocojax.weights.source import Request
 
@@ -319,6 +319,11 @@ def test_damaged_parameters(tmp_path):
   out = out_of.make_plan(str(tmp_path / "checkpoint"), "original")
   chunk = step / "params" / "llm.norm.scale" / "0"
   chunk.write_bytes(chunk.read_bytes()[:-1])
+  with pytest.raises(CheckpointError) as e:
+    write_out.write(out, tmp_path / "back")
+  assert e.value.where == str(chunk)  # by its checksum
+  (step / checksums.FILE).unlink()
+  out = out_of.make_plan(str(tmp_path / "checkpoint"), "original")
   with pytest.raises(CheckpointError) as e:
     write_out.write(out, tmp_path / "back")
   assert e.value.where == f"{step}: llm/norm/scale"
