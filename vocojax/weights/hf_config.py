@@ -352,7 +352,7 @@ def published_llama(
   for field in dataclasses.fields(LlamaConfig):
     if field.name not in ("vocab_size", "vocab_multiple", "rope"):
       values[field.name] = getattr(config, field.name)
-  rope = dataclasses.asdict(config.rope)
+  rope: dict[str, Any] = dataclasses.asdict(config.rope)
   theta, scaling = rope.pop("theta"), rope.pop("scaling")
   del rope["round_positions"]  # of training
   values["rope_theta"] = theta
