@@ -65,7 +65,11 @@ setuptools.setup(
   license="Apache-2.0",
   license_files=["LICENSE"],
   python_requires=">=3.11",
-  packages=setuptools.find_packages(include=["vocojax*", "configs*"]),
+  packages=[
+    *setuptools.find_packages(include=["vocojax*"]),
+    "vocojax.configs",  # so that nothing but vocojax is installed
+  ],
+  package_dir={"vocojax.configs": "configs"},
   install_requires=DEPENDENCIES,
   extras_require=EXTRAS,
 )

@@ -24,9 +24,8 @@ import jax
 import numpy as np
 
 from benchmarks import hardware, llava_like, tables, train_step
-from configs import common
 from vocojax import config as config_lib
-from vocojax.config import DataConfig, PromptConfig
+from vocojax.config import DataConfig, PromptConfig, default_config
 from vocojax.data import grouping, packing, rows, sources
 from vocojax.data.tokenizer import load_tokenizer
 from vocojax.training import optimizer as optimizer_lib
@@ -63,7 +62,7 @@ def open_data(
 ) -> tuple[DataConfig, PromptConfig, sources.Source]:
   """Writes records and opens them for rows of this size."""
   path = llava_like.write(folder, num_records, row[0] - 60, num_images)
-  c = common.get_config()
+  c = default_config()
   c.data.update(path=str(path), image_folder=str(folder), batching="pack")
   c.data.update(tokenizer=str(folder / "tokenizer"))
   c.data.update(max_text_length=row[0], max_images=row[1])

@@ -134,23 +134,28 @@ class Run:
   @property
   def commands(self) -> list[tuple[list[str], pathlib.Path]]:
     """What is to be run, and the file that each leaves when it is done."""
-    config = "gridvqa" if self.method else "gridvqa_start"
-    start = self.start / "full"
+    start = self.start / _START
     train = [
       "-m",
       "vocojax.train",
-      f"--config=configs/{config}.py",
+      "--config=configs/gridvqa.py",
       f"--workdir={self.folder}",
-      f"--config.seed={self.seed if self.method else 1000 + self.seed}",
       f"--config.data.grid_size={self.grid}",
-      f"--config.training.steps={self.steps}",
     ]
     results = self.folder / "evaluation"
     if self.method is None:
-      # Not evaluated, or it would be a row `full`. Written last by training:
-      return [([*train, *self.flags], self.folder / "full" / "config.json")]
+      # Not evaluated, or it would be a row `full`.
+      train += [
+        f"--config.phases={_START}",
+        f"--config.phase.{_START}.seed={1000 + self.seed}",
+        f"--config.phase.{_START}.training.steps={self.steps}",
+      ]
+      # Written last by training:
+      return [([*train, *self.flags], start / "config.json")]
     m = self.method
     train += [
+      f"--config.seed={self.seed}",
+      f"--config.training.steps={self.steps}",
       f"--config.init_from={start}",
       f"--config.model.compressor.name={m.compressor}",
       f"--config.model.compressor.num_voco_tokens={m.k}",

@@ -12,11 +12,11 @@ Captions follow the patches directly, so their first token, which the last patch
 would have to predict, is not trained on; LLaVA trains on it.
 """
 
-from configs import common
+from vocojax import config
 
 
 def get_config():
-  c = common.get_config()
+  c = config.default_config()
   c.model.compressor.name = "full"
   c.prompt.layout = "plain"
   c.data.update(batch_size=256, max_text_length=256, pad_to_square=False)

@@ -11,11 +11,11 @@ mask, or with the tower free, shapes stay a guess. `upper` is the upper bound of
 the paper, and its weights under the VoCo mask are the lower bound.
 """
 
-from configs import common
+from vocojax import config
 
 
 def get_config():
-  c = common.get_config()
+  c = config.default_config()
   c.phases = ("pool", "upper", "voco")
   m, llm, vision = c.model, c.model.llm, c.model.vision
   m.update(dtype="float32", remat="none", scan_layers=False)

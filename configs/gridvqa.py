@@ -1,18 +1,20 @@
 """GridVQA: every method from the same start; see launch/reproduce_small.sh.
 
-  python -m vocojax.train --config=configs/gridvqa_start.py --workdir=DIR/start
+  python -m vocojax.train --config=configs/gridvqa.py --workdir=DIR/start \
+    --config.phases=start
   python -m vocojax.train --config=configs/gridvqa.py --workdir=DIR/voco_1 \
-    --config.init_from=DIR/start/full --config.model.compressor.name=voco
+    --config.init_from=DIR/start/start --config.model.compressor.name=voco
 
-Hardware: one CPU core each. The vision tower is frozen, as in the paper's
-second phase; `--config.data.grid_size` is that of the start.
+Hardware: one CPU core each. In phase `start` everything learns, and text sees
+every patch. After it the vision tower is frozen, as in the paper's second
+phase; `--config.data.grid_size` is that of the start.
 """
 
-from configs import common
+from vocojax import config
 
 
 def get_config():
-  c = common.get_config()
+  c = config.default_config()
   m, llm, vision = c.model, c.model.llm, c.model.vision
   m.update(dtype="float32", remat="none", scan_layers=False)
   llm.update(vocab_size=57, vocab_multiple=64, hidden_size=64, head_dim=8)
@@ -33,4 +35,10 @@ def get_config():
   c.training.update(steps=800, evaluate=True, log_every=20)
   c.training.update(checkpoint_every=200, keep_checkpoints=1)
   c.evaluation.max_new_tokens = 3
+  c.phase.start = {
+    "seed": 1000,  # a method must not see the first batches a second time
+    "model": {"compressor": {"name": "full"}},
+    "optimizer": {"freeze": (), "learning_rate": 0.02},
+    "training": {"steps": 800, "evaluate": False},
+  }
   return c

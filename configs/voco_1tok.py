@@ -10,12 +10,14 @@ With `--config.model.compressor.name=voco_causal` it trains the upper bound.
 docs/fidelity.md says what is the same as the original, and what is not.
 """
 
-from configs import common
+from vocojax import config
 
 
 def get_config():
-  c = common.get_config()
-  c.prompt.strip_newlines = "original"
+  c = config.default_config()
+  # Not as in the first stage, which may be the start.
+  c.prompt.update(layout="voco_v1", strip_newlines="original")
+  c.data.pad_to_square = True
   c.model.mlp_chunks = 4
   # 2,048 positions in all, so 1,469 - k of text with an image.
   c.data.update(max_text_length=2048, on_long_text="truncate")

@@ -36,11 +36,11 @@ COLOURS = {
 NUM_RECORDS = 24
 
 CONFIG = """
-from configs import common
+from vocojax.config import default_config
 
 
 def get_config():
-  c = common.get_config()
+  c = default_config()
   c.model.dtype, c.model.remat = "float32", "none"
   c.model.llm.update(
     vocab_size=20, vocab_multiple=8, hidden_size=16, intermediate_size=24

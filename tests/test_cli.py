@@ -110,11 +110,11 @@ if __name__ == "__main__":
 """
 
 CONFIG = """
-from configs import common
+from vocojax.config import default_config
 
 
 def get_config():
-  c = common.get_config()
+  c = default_config()
   c.training.steps = 10
   c.phases = ("full", "voco")
   c.phase.full = {"seed": 1, "data": {"batch_size": 4}}
@@ -200,8 +200,8 @@ def error(folder, *arguments, **flags):
     (
       "--config.phase.vocoo.seed=5",
       "config.phase.vocoo.seed",
-      "an unknown key",
-      "write 'config.phase.voco.seed'",
+      "a key of phase 'vocoo', which is not run",
+      "write config.phase.voco",
     ),
     (
       "--config.seed.x=5",
@@ -243,6 +243,18 @@ def error(folder, *arguments, **flags):
       "one value",
       "set them one by one",
     ),
+    (
+      "--config.phases=voco,fulll",
+      "config.phases",
+      "'fulll'",
+      "write 'full'",
+    ),
+    (
+      "--config.phases=full  --config.phase.voco.seed=5",
+      "config.phase.voco.seed",
+      "a key of phase 'voco', which is not run",
+      "leave it out, or add the phase to config.phases",
+    ),
     ("--config=good.py", "--config=good.py", "it twice", "leave one out"),
     ("--workdri=x", "--workdri", "an unknown flag", "write --workdir"),
     ("--shards=many", "--shards", "'many'", None),
@@ -251,7 +263,7 @@ def error(folder, *arguments, **flags):
   ],
 )
 def test_wrong_argument(folder, argument, where, got, fix):
-  found = error(folder, argument)
+  found = error(folder, *argument.split("  "))
   assert (found.where, found.got) == (where, got)
   assert fix is None or found.fix == fix
 
@@ -429,7 +441,7 @@ def test_help_lists_only_own_flags(folder):
   out, err = process.communicate(timeout=60)
   assert (process.returncode, err) == (0, "")
   assert "Does little." in out
-  for words in ("--config:", "--workdir: Folder", "--shards", "configs/voco_"):
+  for words in ("--config:", "--workdir: Folder", "--shards", "voco_1tok"):
     assert words in out
   assert "verbosity" not in out
   assert out.count("\n") < 15

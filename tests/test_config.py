@@ -1,6 +1,7 @@
 """Configs: typed, complete, readable; every mistake names its key."""
 
 import dataclasses
+import inspect
 import json
 import pathlib
 import re
@@ -8,20 +9,20 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
-from configs import common
 from vocojax import config as config_lib
+from vocojax.config import default_config
 from vocojax.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = sorted(
   path.relative_to(ROOT).as_posix()
   for path in (ROOT / "configs").glob("*.py")
-  if path.name not in ("__init__.py", "common.py")
+  if path.name != "__init__.py"
 )
 
 
 def base() -> ConfigDict:
-  c = common.get_config()
+  c = default_config()
   c.training.steps = 10
   return c
 
@@ -247,33 +248,117 @@ def test_only_voco_tokens_can_be_cut():
   assert caught.value.where == key
 
 
-def uncommented(source: str) -> list[str]:
-  """Lines that set a plain key with no comment on them or just above."""
-  groups = ("llm", "vision", "c")
-  missing = []
-  before = ""
-  for line in source.splitlines():
-    key = re.match(rf"\s*(?:{'|'.join(groups)})\.[\w.]+ = (.*)", line)
-    if key and not key[1].startswith("ConfigDict("):
-      if "#" not in line and not before.lstrip().startswith("#"):
-        missing.append(line.strip())
-    before = line
-  return missing
-
-
-def test_every_common_key_has_a_comment():
-  missing = uncommented((ROOT / "configs" / "common.py").read_text())
+def test_every_key_has_a_comment():
+  """On its line or just above."""
+  groups = [c for c in vars(config_lib).values() if dataclasses.is_dataclass(c)]
+  missing, keys = [], 0
+  for group in groups:
+    before = ""
+    for line in inspect.getsource(group).splitlines():
+      if re.match(r"  \w+: .+ = (?!field)", line):
+        keys += 1
+        if "#" not in line and not before.lstrip().startswith("#"):
+          missing.append(line.strip())
+      before = line
   assert missing == []
+  assert keys == len(DEFAULTS) + 1  # name
 
 
-def test_every_common_key_is_typed():
+def flat(values: dict, prefix: str = "") -> dict:
+  result = {}
+  for key, value in values.items():
+    if isinstance(value, dict):
+      result |= flat(value, f"{prefix}{key}.")
+    else:
+      result[f"{prefix}{key}"] = value
+  return result
+
+
+DEFAULTS = flat(config_lib.default_values())
+
+
+def resolved(phase: config_lib.Config) -> dict:
+  return flat(json.loads(phase.to_json()))
+
+
+def test_what_a_start_decides_is_none_until_it_is_known():
+  unset = {k for k, v in flat(base().to_dict()).items() if v is None}
+  shape = {k for k in DEFAULTS if re.match(r"model\.(llm|vision)\.", k)}
+  assert unset == shape - {"model.llm.rope.round_positions"} | {
+    "model.projector",
+    "prompt.layout",
+    "prompt.strip_newlines",
+    "data.pad_to_square",
+  }
+  (phase,) = config_lib.phases(base())
+  assert {k: resolved(phase)[k] for k in unset} == {
+    k: DEFAULTS[k] for k in unset
+  }
+
+
+# What a model is, set to something else than its start has.
+OTHER = {
+  "model.llm.rope.theta": 5e5,
+  "model.llm.rms_norm_eps": 1e-6,
+  "model.llm.num_key_value_heads": 8,
+  "model.llm.vocab_size": 32000,
+  "model.vision.hidden_act": "gelu",
+  "model.vision.feature_layer": -1,
+  "model.vision.layer_norm_eps": 1e-6,
+  "model.projector": "linear",
+}
+FREE = {
+  "prompt.layout": "vicuna_v1",
+  "data.pad_to_square": False,
+  "model.llm.rope.scaling": "llama3",
+  "model.llm.initializer_range": 0.1,
+  "model.compressor.num_voco_tokens": 4,
+  "model.dtype": "float32",
+}
+
+
+@pytest.mark.parametrize(("key", "value"), (OTHER | FREE).items())
+def test_a_start_decides(key, value):
+  """Unset keys are the start's; set ones must be, or are named ones."""
   c = base()
-  (phase,) = config_lib.phases(c)
-  typed = json.loads(phase.to_json())
-  written = json.loads(c.to_json())
-  assert typed.keys() - {"name"} == written.keys() - {"phases", "phase"}
-  for group in typed.keys() & written.keys():
-    assert typed[group] == written[group]
+  set_key(c, key, value)
+  (start,) = config_lib.phases(c)
+  asked, unset = [], base()
+  unset.init_from = "elsewhere"
+  (taken,) = config_lib.phases(unset, lambda p: asked.append(p) or start)
+  assert asked == ["elsewhere"]
+  own = key in ("model.compressor.num_voco_tokens", "model.dtype")
+  assert resolved(taken)[key] == (DEFAULTS[key] if own else value)
+  c.init_from = "elsewhere"
+  (other,) = config_lib.phases(base())
+  if key in FREE:
+    (chosen,) = config_lib.phases(c, lambda _: other)
+    assert resolved(chosen)[key] == value
+    return
+  with pytest.raises(ConfigError) as caught:
+    config_lib.phases(c, lambda _: other)
+  assert caught.value.where == f"config.{key}"
+  assert caught.value.got == repr(value)
+  assert "config.init_from (elsewhere)" in caught.value.expected
+
+
+def test_later_phases_start_from_the_one_before():
+  c = base()
+  c.model.llm.rope.theta = 5e5
+  c.init_from = "elsewhere"
+  c.phases = ("a", "b", "c")
+  c.phase.c = {"init_from": "another"}
+  (start,) = config_lib.phases(base(), vocab_size=lambda _: 99)
+  assert start.model.llm.vocab_size == 99
+  with pytest.raises(ConfigError):
+    config_lib.phases(c, lambda _: start)  # has another theta
+  started = [phase.init_from for phase in config_lib.phases(c)]
+  assert started == ["elsewhere", "", "another"]
+  c.phase.b = {"model": {"llm": {"rope": {"theta": 1e4}}}}
+  with pytest.raises(ConfigError) as caught:
+    config_lib.phases(c)
+  assert caught.value.where == "config.phase.b.model.llm.rope.theta"
+  assert "phase a" in caught.value.expected
 
 
 @pytest.mark.parametrize(

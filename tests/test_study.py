@@ -37,8 +37,12 @@ def config_of(command):
   for key, text in given.items():
     *groups, name = key.split(".")[1:]
     group = functools.reduce(lambda c, k: c[k], groups, config)
-    is_text = isinstance(group[name], str)
-    group[name] = text if is_text else ast.literal_eval(text)
+    if name == "phases":
+      group[name] = (text,)
+    elif isinstance(group[name], str):
+      group[name] = text
+    else:
+      group[name] = ast.literal_eval(text)
   [phase] = phases(config)
   return phase
 

@@ -26,11 +26,11 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import ml_collections
 from absl import flags, logging
-from ml_collections import config_flags
+from ml_collections import config_dict, config_flags
 
 from vocojax import config as config_lib
 from vocojax.errors import ConfigError, UserError, shorten
@@ -42,7 +42,13 @@ flags.disclaim_key_flags()
 # TPUs and GPUs as Linux shows them.
 _ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/kfd")
 
-CONFIG_FOLDER = pathlib.Path(__file__).resolve().parent.parent / "configs"
+_HERE = pathlib.Path(__file__).resolve().parent
+# Beside the package in a checkout, and in it where it is installed.
+CONFIG_FOLDER = next(
+  folder
+  for folder in (_HERE / "configs", _HERE.parent / "configs")
+  if (folder / "voco_1tok.py").is_file()
+)
 
 
 def run(
@@ -139,7 +145,12 @@ class _ConfigParser(flags.ArgumentParser):
 
   Stands in for the parser of `config_flags`, which delays or reformats what
   goes wrong in the file and cannot say which key was meant.
+
+  Attributes:
+    phases: those that the file runs, whatever the command line says.
   """
+
+  phases: tuple[str, ...] = ()
 
   def parse(self, argument: str) -> ml_collections.ConfigDict:
     if flags.FLAGS["config"].present:
@@ -147,25 +158,35 @@ class _ConfigParser(flags.ArgumentParser):
         f"--config={argument}", "it twice", "one file", "leave one out"
       )
     config = _load(argument)
-    for override in sys.argv[1:]:
-      if match := re.match(r"--?(?:no)?config\.([^=]*)", override):
-        _prepare_key(config, match[1])
+    self.phases = tuple(config.get("phases") or ())
+    for key in _overrides():
+      _prepare_key(config, key)
     return config.lock()
 
 
+def _overrides() -> list[str]:
+  """Keys that the command line sets."""
+  matches = (re.match(r"--?(?:no)?config\.([^=]*)", a) for a in sys.argv[1:])
+  return [match[1] for match in matches if match]
+
+
 def _load(path: str) -> ml_collections.ConfigDict:
-  """Runs a config file.
+  """Runs a config file, or one of `CONFIG_FOLDER` by its bare name.
 
   Raises:
     ConfigError: there is no such file, or it is no working config.
   """
+  name = pathlib.PurePath(path).name.removesuffix(".py")
+  known = CONFIG_FOLDER / f"{name}.py"
   if not pathlib.Path(path).is_file():
-    raise ConfigError(
-      f"--config={path}",
-      "no such file",
-      "a config file",
-      f"choose another, such as {_known_configs()}",
-    )
+    if path not in (name, f"configs/{name}.py") or not known.is_file():
+      raise ConfigError(
+        f"--config={path}",
+        "no such file",
+        "a config file",
+        f"choose another, such as {_known_configs()}",
+      )
+    path = str(known)
   try:
     config = config_lib.load_module(path)
   except ConfigError:
@@ -180,33 +201,28 @@ def _load(path: str) -> ml_collections.ConfigDict:
       where,
       f"{type(e).__name__}: {e}",
       "Python that defines get_config()",
-      "correct it; configs/common.py is an example",
+      "correct it; configs/voco_1tok.py is an example",
     ) from e
   if not isinstance(config, ml_collections.ConfigDict):
     raise ConfigError(
       f"{path}: get_config()",
       type(config).__name__,
       "a ConfigDict",
-      "return one, as configs/common.py does",
+      "return what vocojax.config.default_config() does, changed",
     )
   return config
 
 
 def _prepare_key(config: ml_collections.ConfigDict, key: str) -> None:
-  """Makes sure that `config.<key>` can be set and that setting it matters.
+  """Makes sure that `config.<key>` can be set.
 
   A phase holds only the keys in which it differs. A key that it does not hold
   yet is copied into it, so that the command line can change it for the phase.
 
   Raises:
-    ConfigError: the key is unknown, a group, or every phase has its own value
-      for it.
+    ConfigError: the key is unknown or a group.
   """
-  names = key.split(".")
-  phases = config.get("phases") or ()
-  phase = None
-  if len(names) > 2 and names[0] == "phase" and names[1] in phases:
-    phase, names = names[1], names[2:]
+  phase, names = _split_phase(key)
   if not _has(config, names):
     prefix = "config" if phase is None else f"config.phase.{phase}"
     where = f"config.{key}"
@@ -220,14 +236,10 @@ def _prepare_key(config: ml_collections.ConfigDict, key: str) -> None:
       "set them one by one",
     )
   if phase is None:
-    if phases and all(_has(config, ["phase", p, *names]) for p in phases):
-      raise ConfigError(
-        f"config.{key}",
-        "one value for all phases",
-        f"a value for each, since {', '.join(phases)} have their own",
-        f"set config.phase.{phases[0]}.{key} and so on",
-      )
     return
+  if value is None:  # but typed
+    owner = _value(config, names[:-1])
+    value = config_dict.placeholder(owner.get_type(names[-1]))
   group = config.phase
   with config.unlocked():
     for name in (phase, *names[:-1]):
@@ -236,6 +248,62 @@ def _prepare_key(config: ml_collections.ConfigDict, key: str) -> None:
       group = group[name]
     if names[-1] not in group:
       group[names[-1]] = value
+
+
+def _split_phase(key: str) -> tuple[str | None, list[str]]:
+  """The phase that a key is of, if it is of one, and the names of the rest."""
+  names = key.split(".")
+  if len(names) > 2 and names[0] == "phase":
+    return names[1], names[2:]
+  return None, names
+
+
+def _check_effects(
+  config: ml_collections.ConfigDict, file_phases: tuple[str, ...]
+) -> None:
+  """Makes sure that every key set on the command line matters.
+
+  Args:
+    config: with what the command line sets.
+    file_phases: those that the file runs.
+
+  Raises:
+    ConfigError: a phase is not known, a key is of a phase that is not run, or
+      every phase that is has its own value for it.
+  """
+  # `a,b` comes as one name.
+  phases = tuple(x for name in config.phases for x in name.split(","))
+  config.phases = phases
+  known = sorted({*file_phases, *config.phase})
+  for name in phases:
+    if name not in known:
+      near = config_lib.nearest(name, known)
+      raise ConfigError(
+        "config.phases",
+        repr(name),
+        f"phases of the config: {', '.join(known) or 'it has none'}",
+        f"write {near!r}" if near else "choose from these",
+      )
+  for key in _overrides():
+    phase, names = _split_phase(key)
+    if phase is not None and phase not in phases:
+      near = config_lib.nearest(phase, phases)
+      raise ConfigError(
+        f"config.{key}",
+        f"a key of phase {phase!r}, which is not run",
+        f"one of config.phases: {', '.join(phases) or 'there are none'}",
+        f"write config.phase.{near}"
+        if near
+        else "leave it out, or add the phase to config.phases",
+      )
+    own = [p for p in phases if _has(config, ["phase", p, *names])]
+    if phase is None and phases and own == list(phases):
+      raise ConfigError(
+        f"config.{key}",
+        "one value for all phases",
+        f"a value for each, since {', '.join(phases)} have their own",
+        f"set config.phase.{phases[0]}.{key} and so on",
+      )
 
 
 def _has(config: ml_collections.ConfigDict, names: list[str]) -> bool:
@@ -265,7 +333,7 @@ def _parse_flags() -> list[str]:
   """
   flags.FLAGS.set_gnu_getopt(True)  # flags may follow what is no flag
   try:
-    return flags.FLAGS(sys.argv)[1:]
+    rest = flags.FLAGS(sys.argv)[1:]
   except flags.UnrecognizedFlagError as e:
     if e.flagname.startswith("config.") and "config" in flags.FLAGS:
       raise _missing("--config") from e
@@ -278,6 +346,10 @@ def _parse_flags() -> list[str]:
     ) from e
   except flags.Error as e:
     raise _reworded(str(e)) from e
+  config = flags.FLAGS["config"] if "config" in flags.FLAGS else None
+  if config is not None and config.value is not None:
+    _check_effects(config.value, cast(_ConfigParser, config.parser).phases)
+  return rest
 
 
 def _reworded(message: str) -> UserError:
@@ -294,8 +366,11 @@ def _reworded(message: str) -> UserError:
   flag, found = match.groups()
   if flag.startswith("--config."):
     flag = flag.removeprefix("--")
-    value = _value(flags.FLAGS["config"].value, flag.split(".")[1:])
-    expected = f"{type(value).__name__}, such as {value!r}"
+    *groups, name = flag.split(".")[1:]
+    owner = _value(flags.FLAGS["config"].value, groups)
+    expected = owner.get_type(name).__name__
+    if owner[name] is not None:
+      expected += f", such as {owner[name]!r}"
   else:
     parser = flags.FLAGS[flag.removeprefix("--")].parser
     choices = getattr(parser, "enum_values", ("true", "false"))
@@ -327,9 +402,8 @@ def _skip_absent_tpu() -> None:
 
 
 def _known_configs() -> str:
-  names = sorted(p.name for p in CONFIG_FOLDER.glob("*.py"))
-  skip = ("__init__.py", "common.py")
-  return ", ".join(f"configs/{name}" for name in names if name not in skip)
+  names = sorted(p.stem for p in CONFIG_FOLDER.glob("*.py"))
+  return ", ".join(name for name in names if name != "__init__")
 
 
 def _help(usage: str) -> str:
@@ -339,5 +413,5 @@ def _help(usage: str) -> str:
     lines.append(f"  --{flag.name}: {flag.help}{default}")
   if "config" in flags.FLAGS:
     lines += ["", f"Configs: {_known_configs()}"]
-    lines.append("Keys of a config: configs/common.py lists and explains them.")
+    lines.append("Keys of a config: vocojax/config.py lists and explains them.")
   return "\n".join(lines)

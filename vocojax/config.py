@@ -1,9 +1,10 @@
-"""Typed, frozen view of the config. Read next: configs/common.py.
+"""Every key of a config: type, default, and what follows from it.
 
-`configs/common.py` holds every key with its default; the dataclasses here hold
-its type and the values it may take. All errors about a config are raised here,
-before any device is touched. A key that came later has a default here, so that
-checkpoints from before it can still be read.
+A config file (`configs/*.py`) changes some of what `default_config` returns; on
+the command line, `--config=voco_1tok --config.training.steps=100` does. The
+defaults are VoCo-LLaMA 7B with one VoCo token. `phases` checks a config and
+returns it frozen. All errors about a config are raised here, before any device
+is touched. Read next: training/loop.py.
 """
 
 import dataclasses
@@ -13,24 +14,53 @@ import math
 import pathlib
 import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import field
 from typing import Any, Literal
 
 import ml_collections
 
 from vocojax.errors import ConfigError, shorten
 
+# Keys that are None unless a config file sets them: as what a phase starts from
+# has them, or else the defaults below.
+_AS_START = re.compile(
+  r"model\.(llm|vision)\.(?!rope\.round_positions).*|model\.projector|"
+  r"prompt\..*|data\.pad_to_square"
+)
+# Those of them that may be set to something else than the start has.
+_MAY_DIFFER = re.compile(
+  r"prompt\..*|data\.pad_to_square|model\.llm\.rope\.(?!theta$).*|"
+  r".*\.initializer_range"
+)
+# Keys that came later: a checkpoint of before them has their defaults.
+_LATER = {
+  "data.grid_size",
+  "data.micro_batch_size",
+  "data.on_changed_data",
+  "data.on_long_text",
+  "evaluation.adaptive_threshold",
+  "model.compressor.qformer_layers",
+  "model.compressor.train_num_voco_tokens",
+  "model.llm.rope.round_positions",
+  "training.distill_weight",
+  "training.loss_mean",
+  "training.teacher",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
   """Rotary position embedding; the names are those of HF `rope_scaling`."""
 
-  theta: float
-  scaling: Literal["none", "llama3"]
-  factor: float
-  low_freq_factor: float
-  high_freq_factor: float
-  original_max_position_embeddings: int
+  theta: float = 10000.0  # base of the wavelengths; larger reaches further
+  scaling: Literal["none", "llama3"] = "none"  # 'llama3' needs what follows
+  factor: float = 8.0  # longest wavelengths are stretched by it
+  low_freq_factor: float = 1.0  # above context / this: stretched in full
+  high_freq_factor: float = 4.0  # below context / this: left alone
+  original_max_position_embeddings: int = 8192  # that context, tokens
+  # 'bfloat16': positions are rounded to 8 bits in training only, as happens in
+  # the original under ZeRO-3. From 512 on, four neighbours share an angle.
   round_positions: Literal["none", "bfloat16"] = "none"
 
   def __post_init__(self):
@@ -50,18 +80,19 @@ class RopeConfig:
 class LlamaConfig:
   """Shape of the language model."""
 
-  vocab_size: int
-  vocab_multiple: int
-  hidden_size: int
-  intermediate_size: int
-  num_hidden_layers: int
-  num_attention_heads: int
-  num_key_value_heads: int
-  head_dim: int
-  rms_norm_eps: float
-  rope: RopeConfig
-  tie_word_embeddings: bool
-  initializer_range: float
+  # Tokens of the tokenizer, <voco> included; None is the tokenizer's own.
+  vocab_size: int = 32001
+  vocab_multiple: int = 128  # rows are padded to this; never sampled
+  hidden_size: int = 4096  # width of the residual stream
+  intermediate_size: int = 11008  # width inside the SwiGLU
+  num_hidden_layers: int = 32  # each has keys and values of every VoCo token
+  num_attention_heads: int = 32  # query heads
+  num_key_value_heads: int = 32  # fewer than the above: grouped heads
+  head_dim: int = 128  # even; times the heads it need not be hidden_size
+  rms_norm_eps: float = 1e-5  # added to the mean square
+  rope: RopeConfig = field(default_factory=RopeConfig)
+  tie_word_embeddings: bool = False  # True: output head = input embedding
+  initializer_range: float = 0.02  # standard deviation of new weights
 
   @property
   def padded_vocab_size(self) -> int:
@@ -96,16 +127,16 @@ class LlamaConfig:
 class VisionConfig:
   """Shape of the CLIP vision tower."""
 
-  image_size: int
-  patch_size: int
-  hidden_size: int
-  intermediate_size: int
-  num_hidden_layers: int
-  num_attention_heads: int
-  layer_norm_eps: float
-  hidden_act: Literal["quick_gelu", "gelu"]
-  feature_layer: int
-  initializer_range: float
+  image_size: int = 336  # pixels a side
+  patch_size: int = 14  # pixels a side; (336/14)^2 = 576 patches
+  hidden_size: int = 1024  # width of a patch
+  intermediate_size: int = 4096  # width inside the MLP
+  num_hidden_layers: int = 24  # of the published tower, also if fewer run
+  num_attention_heads: int = 16  # divides hidden_size
+  layer_norm_eps: float = 1e-5  # added to the variance
+  hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"  # of the MLP
+  feature_layer: int = -2  # hidden_states index; -1 is the last layer
+  initializer_range: float = 0.02  # standard deviation of new weights
 
   @property
   def num_patches(self) -> int:
@@ -158,10 +189,15 @@ CompressorName = Literal[
 class CompressorConfig:
   """What stands for an image when text is read: see models/compressors.py."""
 
-  name: CompressorName
-  num_voco_tokens: int
-  text_sees_bos: bool
-  qformer_layers: int = 2
+  # 'voco_causal': text sees all, VoCo tokens too (the upper bound); 'full': all
+  # patches, no VoCo tokens (LLaVA); 'avgpool': k means; 'qformer': k learned
+  # queries; 'blind': nothing of the image.
+  name: CompressorName = "voco"
+  num_voco_tokens: int = 1  # k, 1 to 128
+  text_sees_bos: bool = False  # True: text also sees BOS
+  qformer_layers: int = 2  # blocks of 'qformer'
+  # 'elastic' (voco only): text sees the first 1, 2, 4, ... or k of them, drawn
+  # for each record, so that one checkpoint answers from any such number.
   train_num_voco_tokens: Literal["fixed", "elastic"] = "fixed"
 
   @property
@@ -201,19 +237,27 @@ HOW_COMPUTED = (
 class ModelConfig:
   """The vision-language model."""
 
-  llm: LlamaConfig
-  vision: VisionConfig
-  projector: Literal["linear", "mlp2x_gelu"]
-  compressor: CompressorConfig
-  attention: Literal["two_stream", "bias"]
-  attention_kernel: Literal["auto", "splash", "cudnn", "xla"]
-  attention_block_size: int
-  logits_chunk: int
-  mlp_chunks: int
-  dtype: Literal["float32", "bfloat16", "float16"]
-  param_dtype: Literal["float32", "bfloat16"]
-  remat: Literal["none", "full", "dots"]
-  scan_layers: bool
+  llm: LlamaConfig = field(default_factory=LlamaConfig)
+  vision: VisionConfig = field(default_factory=VisionConfig)
+  # From vision width to LLM width.
+  projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
+  compressor: CompressorConfig = field(default_factory=CompressorConfig)
+  # 'bias' is one joint masked pass, slow.
+  attention: Literal["two_stream", "bias"] = "two_stream"
+  # 'splash' (TPU), 'cudnn' (GPU) or 'xla'; 'auto' is what suits the platform.
+  attention_kernel: Literal["auto", "splash", "cudnn", "xla"] = "auto"
+  attention_block_size: int = 640  # of splash: most tokens of a block
+  logits_chunk: int = 8192  # rows of the vocabulary scored at a time
+  # Parts of the MLP's width computed one after the other: less memory. Divides
+  # it; no effect where config.mesh.tensor splits the width.
+  mlp_chunks: int = 1
+  # Of activations and matrix products.
+  dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+  # Of weights and optimiser state.
+  param_dtype: Literal["float32", "bfloat16"] = "float32"
+  # Recompute layers in the backward pass; 'dots' keeps matrix products.
+  remat: Literal["none", "full", "dots"] = "full"
+  scan_layers: bool = True  # False unrolls: longer compile, faster on CPU
 
   def __post_init__(self):
     _positive(self, "model", "attention_block_size logits_chunk mlp_chunks")
@@ -253,35 +297,57 @@ class ModelConfig:
 class PromptConfig:
   """How a conversation becomes tokens: see data/prompt.py."""
 
-  layout: Literal["voco_v1", "vicuna_v1", "plain", "qa_v1"]
-  strip_newlines: Literal["original", "none"]
+  # 'voco_v1' is that of VoCo-LLaMA, 'vicuna_v1' that of LLaVA-1.5, 'plain' an
+  # image and its caption, 'qa_v1' a bare question and answer.
+  layout: Literal["voco_v1", "vicuna_v1", "plain", "qa_v1"] = "voco_v1"
+  # 'original' deletes every newline of a conversation with images, as the
+  # released training code did.
+  strip_newlines: Literal["original", "none"] = "none"
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """Where samples come from and how they are batched."""
 
-  source: Literal["easy_vqa", "grid_vqa", "llava_json"]
-  path: str
-  image_folder: str
-  tokenizer: str
-  train_split: str
-  max_text_length: int
-  max_images: int
-  conversations_per_record: int
-  skip_answers: tuple[str, ...]
-  batching: Literal["shuffle", "slots", "pack", "group_by_length"]
-  pack_lookahead: int
-  batch_size: int
-  flip_images: bool
-  pad_to_square: bool
-  num_workers: int
-  prefetch_batches: int
-  on_bad_record: Literal["skip", "stop"]
-  grid_size: int = 2
+  # A data set of vocojax, or files in the format of LLaVA.
+  source: Literal["easy_vqa", "grid_vqa", "llava_json"] = "llava_json"
+  grid_size: int = 2  # grid_vqa: cells a side, 2 to 4
+  path: str = ""  # the JSON file; of the others the TFDS folder ('' default)
+  image_folder: str = ""  # image paths in the JSON are relative to it
+  # Folder of a Hugging Face tokenizer; '' is that of init_from.
+  tokenizer: str = ""
+  train_split: str = "train"  # TFDS split name
+  max_text_length: int = 2048 - 580  # tokens of a text row
+  max_images: int = 1  # image slots of a text row
+  conversations_per_record: int = 0  # sampled from those of a record; 0 all
+  # Training leaves out conversations that end in one of these answers, such as
+  # ('yes', 'no') to begin with open questions.
+  skip_answers: tuple[str, ...] = ()
+  # 'shuffle' gives each record a row of its own. So does 'slots', but its
+  # conversations_per_record have equal parts of the row, which saves attention
+  # where they are many and about equally long. 'pack' puts as many as fit
+  # into a row; metrics.jsonl says how full text rows and image slots are, and
+  # both are if max_text_length / max_images is what a record has of each.
+  # 'group_by_length' is LLaVA's order: records with and without images in
+  # batches of their own; rows keep their length, so nothing is saved.
+  batching: Literal["shuffle", "slots", "pack", "group_by_length"] = "shuffle"
+  pack_lookahead: int = 256  # records that may wait for a fitting row
+  batch_size: int = 128  # text rows per step, over all devices and hosts
+  # Rows that the original has on a device at a time. 'group_by_length' gives
+  # each such run of rows about equally many words; see training.loss_mean.
   micro_batch_size: int = 8
-  on_changed_data: Literal["stop", "accept"] = "stop"
+  flip_images: bool = False  # mirror at random, both ways
+  pad_to_square: bool = True  # False: centre crop loses the long side's ends
+  num_workers: int = 0  # processes that decode; 0 decodes in a thread
+  prefetch_batches: int = 4  # ready ahead of the step, in host memory
+  # 'truncate' cuts longer texts, as LLaVA does: max_text_length then counts the
+  # positions of images and text together, so a text with an image is cut
+  # earlier, and only text is. A record whose answers are all cut is left out.
   on_long_text: Literal["refuse", "truncate"] = "refuse"
+  on_bad_record: Literal["skip", "stop"] = "stop"  # 'skip' counts and logs it
+  # When a run resumes on data other than it began with: 'accept' goes on, from
+  # the beginning of the data if the number of records has changed.
+  on_changed_data: Literal["stop", "accept"] = "stop"
 
   def __post_init__(self):
     _positive(
@@ -333,20 +399,29 @@ class DataConfig:
 class OptimizerConfig:
   """Optimiser, schedule, and what is trained."""
 
-  name: Literal["adamw", "muon", "lion", "adafactor"]
-  learning_rate: float
-  adam_learning_rate: float
-  b1: float
-  b2: float
-  eps: float
-  first_moment_dtype: Literal["float32", "bfloat16"]
-  weight_decay: float
-  no_decay: tuple[str, ...]
-  grad_clip: float
-  warmup_ratio: float
-  schedule: Literal["cosine", "hf_cosine", "linear", "constant"]
-  end_learning_rate: float
-  freeze: tuple[str, ...]
+  # 'muon': matrices by muon, the rest by adamw. 'lion' keeps one moment of a
+  # weight, 'adafactor' two vectors of a matrix, adamw two numbers of a weight.
+  name: Literal["adamw", "muon", "lion", "adafactor"] = "adamw"
+  learning_rate: float = 2e-5  # peak
+  adam_learning_rate: float = 0.0  # muon only: peak of its adamw part
+  b1: float = 0.9  # Adam: memory of the gradient
+  b2: float = 0.999  # Adam: memory of its square
+  eps: float = 1e-8  # Adam: smallest divisor
+  # 'bfloat16' saves 2 bytes a weight. The second moment stays: its steps of
+  # 1 - b2 would be lost in rounding.
+  first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
+  weight_decay: float = 0.0  # times learning rate, per step
+  # Parameters whose path matches one of these are not decayed.
+  no_decay: tuple[str, ...] = ("norm", "bias", "embed")
+  grad_clip: float = 1.0  # global norm; 0 is off
+  warmup_ratio: float = 0.03  # of all steps
+  # 'hf_cosine' is transformers': the first step is at rate 0, and learns
+  # nothing.
+  schedule: Literal["cosine", "hf_cosine", "linear", "constant"] = "cosine"
+  end_learning_rate: float = 0.0  # as a fraction of the peak
+  # Parameters whose path matches one of these are not trained: they get no
+  # gradient and no optimiser state.
+  freeze: tuple[str, ...] = ("^vision/",)
 
   def __post_init__(self):
     for key in ("no_decay", "freeze"):
@@ -373,16 +448,25 @@ class OptimizerConfig:
 class TrainingConfig:
   """Length of the run, logging and checkpoints."""
 
-  steps: int
-  epochs: float
-  accumulate: int
-  log_every: int
-  checkpoint_every: int
-  keep_checkpoints: int
-  evaluate: bool
-  distill_weight: float = 0.0
-  teacher: str = "self"
+  steps: int = 0  # optimiser steps; this or epochs
+  epochs: float = 0.0  # passes over the training split; packed: about
+  accumulate: int = 1  # parts of a batch, in turn; divides batch_size
+  # What a step's loss is the mean over: all trained tokens of its batch; or
+  # 'micro_batches': the tokens of each run of data.micro_batch_size rows, and
+  # then the runs. An answer among short ones then counts more than one among
+  # long ones. Runs are of the order of rows, whatever the mesh and accumulate;
+  # a packed row counts as one, however many records it holds.
   loss_mean: Literal["tokens", "micro_batches"] = "tokens"
+  log_every: int = 10  # steps
+  checkpoint_every: int = 500  # steps
+  keep_checkpoints: int = 2  # newest ones
+  # Times KL(teacher || model) of the next token, added to the loss (voco only);
+  # 0 is off. The teacher reads the same text, but sees all patches.
+  distill_weight: float = 0.0
+  # 'self': the weights as they are now, for one more pass over the text. Or a
+  # phase folder with compressor 'full': its weights are held in memory too.
+  teacher: str = "self"
+  evaluate: bool = False  # generate answers and score them at the end
 
   def __post_init__(self):
     _not_negative(self, "training", "distill_weight")
@@ -402,20 +486,24 @@ class TrainingConfig:
 class MeshConfig:
   """Devices along each axis; one of them may be -1, 'all the rest'."""
 
-  data: int
-  fsdp: int
-  tensor: int
+  data: int = 1  # replicas; a multiple of the number of TPU slices
+  fsdp: int = -1  # shards of weights, gradients and optimiser state
+  tensor: int = 1  # shards within a layer
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
   """Generation on held-out questions."""
 
-  split: str
-  batch_size: int
-  max_new_tokens: int
-  max_records: int
-  bounds: bool
+  split: str = "test"  # TFDS split name
+  batch_size: int = 64  # records at once
+  max_new_tokens: int = 16  # answers are cut there
+  max_records: int = 0  # 0 is all
+  # Also score the last 'voco_causal' phase (the upper bound) and its weights
+  # read as 'voco' (the lower bound).
+  bounds: bool = False
+  # vocojax.evaluate --adaptive reads 1, 2, 4, ... VoCo tokens until no event
+  # among an answer's first tokens changes its probability by more than this.
   adaptive_threshold: float = 0.1
 
   def __post_init__(self):
@@ -434,16 +522,19 @@ class EvaluationConfig:
 class Config:
   """One phase of a run, complete."""
 
-  name: str
-  seed: int
-  init_from: str
-  model: ModelConfig
-  prompt: PromptConfig
-  data: DataConfig
-  optimizer: OptimizerConfig
-  training: TrainingConfig
-  mesh: MeshConfig
-  evaluation: EvaluationConfig
+  name: str = ""  # of the phase, which names its folder
+  seed: int = 0  # of initial weights, data order and question sampling
+  # What to start from ('' for none): a phase folder of a workdir, or a model as
+  # it is published. Only parameters it lacks are initialised. In a later phase
+  # '' means the phase before.
+  init_from: str = ""
+  model: ModelConfig = field(default_factory=ModelConfig)
+  prompt: PromptConfig = field(default_factory=PromptConfig)
+  data: DataConfig = field(default_factory=DataConfig)
+  optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+  training: TrainingConfig = field(default_factory=TrainingConfig)
+  mesh: MeshConfig = field(default_factory=MeshConfig)
+  evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
   def to_json(self) -> str:
     return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
@@ -466,35 +557,146 @@ def budgets(k: int) -> tuple[int, ...]:
   return (*(2**i for i in range((k - 1).bit_length())), k)
 
 
-def phases(config: ml_collections.ConfigDict) -> tuple[Config, ...]:
+def default_config() -> ml_collections.ConfigDict:
+  """What a config file changes: all keys, with their defaults.
+
+  `phases` names phases, run in this order, each from the weights of the one
+  before; () is a single phase. `phase.NAME` holds the keys that differ in phase
+  NAME. Keys that what a phase starts from decides are None.
+  """
+  config = _optional(default_values(), "", Config)
+  config.phases = ()
+  config.phase = ml_collections.ConfigDict()
+  return config
+
+
+def default_values(group: type = Config) -> dict[str, Any]:
+  """All keys of a config or of a group of it, as nested dicts."""
+  return {
+    f.name: default_values(f.default_factory)
+    if isinstance(f.default_factory, type)
+    else f.default
+    for f in dataclasses.fields(group)
+    if not (group is Config and f.name == "name")
+  }
+
+
+def _optional(values: dict, path: str, group: type) -> Any:
+  """Values as a ConfigDict, with None in place of what a start decides."""
+  result, hints = ml_collections.ConfigDict(), typing.get_type_hints(group)
+  for key, value in values.items():
+    if isinstance(value, dict):
+      result[key] = _optional(value, f"{path}{key}.", hints[key])
+    elif _AS_START.fullmatch(f"{path}{key}"):
+      result[key] = ml_collections.config_dict.placeholder(type(value))
+    else:
+      result[key] = value
+  return result
+
+
+def phases(
+  config: ml_collections.ConfigDict,
+  start_config: Callable[[str], Config] | None = None,
+  vocab_size: Callable[[Config], int] | None = None,
+) -> tuple[Config, ...]:
   """Splits a config into its phases, each complete, in running order.
 
   Phase `p` is the config with the keys under `config.phase.p` laid over it.
   A config without phases is one phase, named by its compressor. Groups of
-  phases that are not named in `config.phases` are left aside.
+  phases that are not named in `config.phases` are left aside. What is None
+  becomes what the phase starts from: `config.init_from`, or the phase before;
+  the first phase alone starts from an `init_from` that is no phase's own.
+
+  Args:
+    config: as `default_config` makes it, changed.
+    start_config: reads the config of what `config.init_from` names; without it
+      that is left unread.
+    vocab_size: tokens of the tokenizer of a phase that starts from nothing and
+      leaves `model.llm.vocab_size` to it.
 
   Raises:
-    ConfigError: a key is unknown, has a wrong type or a useless value.
+    ConfigError: a key is unknown, has a wrong type or a useless value, or what
+      the phase starts from has another.
   """
   values = config.to_dict()
   names = values.pop("phases")
   overrides = values.pop("phase")
-  if not names:
-    name = values["model"]["compressor"]["name"]
-    return (_phase(values | {"name": name}, "config"),)
-  result = []
-  for name in names:
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-      raise ConfigError(
-        "config.phases",
-        repr(name),
-        "letters, digits, '_' and '-', since it names a folder",
-        "rename the phase",
-      )
-    where = f"config.phase.{name}"
-    merged = _overlay(values, overrides.get(name, {}), where)
-    result.append(_phase(merged | {"name": name}, where))
+  result: list[Config] = []
+  for name in names or (None,):
+    where, merged = "config", values
+    if name is not None:
+      if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ConfigError(
+          "config.phases",
+          repr(name),
+          "letters, digits, '_' and '-', since it names a folder",
+          "rename the phase",
+        )
+      where = f"config.phase.{name}"
+      own = overrides.get(name, {})
+      merged = _overlay(values, own, where)
+      if result and "init_from" not in own:
+        merged["init_from"] = ""
+    start, before = None, ""
+    if merged["init_from"] and start_config:
+      before = f"config.init_from ({merged['init_from']})"
+      start = start_config(merged["init_from"])
+    elif result:
+      before, start = f"phase {result[-1].name}", result[-1]
+    base = dataclasses.asdict(start) if start else default_values()
+    resolved = _resolved(merged, base, before, where, "")
+    phase = _phase(resolved | {"name": name or _compressor(merged)}, where)
+    if start is None and vocab_size and _is_unset(merged):
+      llm = dataclasses.replace(phase.model.llm, vocab_size=vocab_size(phase))
+      model = dataclasses.replace(phase.model, llm=llm)
+      phase = dataclasses.replace(phase, model=model)
+    result.append(phase)
   return tuple(result)
+
+
+def _compressor(values: Mapping) -> str:
+  return values["model"]["compressor"]["name"]
+
+
+def _is_unset(values: Mapping) -> bool:
+  return values["model"]["llm"]["vocab_size"] is None
+
+
+def _resolved(
+  values: Any, base: Any, before: str, where: str, path: str
+) -> Any:
+  """Values with those of `base` in place of None.
+
+  Args:
+    values: a group of keys, or one.
+    base: the same of what the phase starts from, or defaults.
+    before: names what it starts from; '' is nothing.
+    where: names the group of the phase in errors.
+    path: dotted key of `values`.
+
+  Raises:
+    ConfigError: a key that must be as in `base` is not.
+  """
+  if isinstance(values, Mapping):
+    if not isinstance(base, Mapping):
+      return values  # no such group, which is found later
+    prefix = f"{path}." if path else ""
+    return {
+      key: _resolved(value, base.get(key), before, where, f"{prefix}{key}")
+      for key, value in values.items()
+    }
+  if not _AS_START.fullmatch(path):
+    return values
+  if values is None:
+    return base
+  if before and values != base and not _MAY_DIFFER.fullmatch(path):
+    raise ConfigError(
+      f"{where}.{path}",
+      shorten(values),
+      f"{shorten(base)}, as {before} has it",
+      "leave the key out, or start from another model",
+    )
+  return values
 
 
 def _phase(values: Mapping, where: str) -> Config:
@@ -559,8 +761,8 @@ def unknown_key(where: str, key: str, keys: Iterable[str]) -> ConfigError:
   return ConfigError(
     where,
     "an unknown key",
-    f"such a key as {near!r}" if near else "one of configs/common.py",
-    f"write {near!r}" if near else "see configs/common.py for all keys",
+    f"such a key as {near!r}" if near else "one of vocojax/config.py",
+    f"write {near!r}" if near else "see vocojax/config.py for all keys",
   )
 
 
@@ -582,10 +784,10 @@ def from_mapping(cls: type, values: Any, path: str = "config"):
   kwargs = {}
   for key in fields:
     if key not in values:
-      if fields[key].default is not dataclasses.MISSING:
+      if f"{path}.{key}".removeprefix("config.") in _LATER:
         continue
       raise ConfigError(
-        f"{path}.{key}", "nothing", "a value", "see configs/common.py"
+        f"{path}.{key}", "nothing", "a value", "see vocojax/config.py"
       )
     kwargs[key] = _check(hints[key], values[key], f"{path}.{key}")
   return cls(**kwargs)

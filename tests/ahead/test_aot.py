@@ -27,11 +27,11 @@ PATCHES = (IMAGE // PATCH) ** 2
 A = 1 + PATCHES + 2 + 1  # BOS, patches, two ids between, one VoCo token
 
 TINY = f"""
-from configs import common
+from vocojax.config import default_config
 
 
 def get_config():
-  c = common.get_config()
+  c = default_config()
   c.model.remat = "none"
   c.model.llm.update(
     vocab_size={V - 6}, hidden_size={D}, intermediate_size={M},

@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from benchmarks import llava_like
-from configs import common
 from tests.data.test_pipeline import DATA, PROMPT, assert_equal, entry, take
 from vocojax import config as config_lib
+from vocojax.config import default_config
 from vocojax.data import packing, pipeline, rows, sources, tokenizer
 from vocojax.errors import DataError
 
@@ -223,7 +223,7 @@ def test_fill_on_a_mix_like_llavas(tmp_path):
   """Issue 5: text rows at least 97 % full, image slots at least 90 %."""
   path = llava_like.write(tmp_path, 800, max_words=1980)
   Image.new("RGB", (8, 8)).save(tmp_path / "0.jpg")
-  c = common.get_config()
+  c = default_config()
   c.data.update(path=str(path), image_folder=str(tmp_path), batching="pack")
   c.data.update(max_text_length=2048, max_images=7)
   data = config_lib.from_mapping(config_lib.DataConfig, c.data.to_dict())

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import common
 from vocojax import config as config_lib
+from vocojax.config import default_config
 
 LAYERS, HEADS, SIDE = 3, 2, 8
 WRONG = 7  # of 240 answers
@@ -20,7 +20,7 @@ WRONG = 7  # of 240 answers
 
 def small_config(k: int, dtype: str = "float32"):
   """Two phases, 3 layers of 2 key/value heads of 16 numbers, 64 patches."""
-  c = common.get_config()
+  c = default_config()
   c.model.dtype = dtype
   c.model.llm.update(
     num_hidden_layers=LAYERS,

@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import common
 from tests.fidelity import llava_reference
-from vocojax.config import ModelConfig, from_mapping
+from vocojax.config import ModelConfig, default_config, from_mapping
 from vocojax.data import prompt, tokenizer
 from vocojax.errors import DataError
 from vocojax.models import compressors, masks
@@ -125,7 +124,7 @@ def test_positions_are_those_of_one_sequence(llama):
   ids, _ = joint(VICUNA, llama, turns)
   at = ids.index(IMAGE)
   prefix, suffix = prompt.stream_ids(VICUNA, llama)
-  config = common.get_config().model
+  config = default_config().model
   config.compressor.name = "full"
   stream = compressors.image_stream(
     from_mapping(ModelConfig, config.to_dict(), "config.model"),

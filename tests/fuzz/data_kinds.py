@@ -10,11 +10,11 @@ from unittest.mock import ANY
 import numpy as np
 from PIL import Image
 
-from configs import common
 from tests.fuzz import documents, files
 from tests.fuzz.documents import Document
 from tests.fuzz.kinds import Case, Input, Kind, Parts, attempt
 from vocojax import config as config_lib
+from vocojax.config import default_config
 from vocojax.data import pipeline, sources, tokenizer
 from vocojax.evals.benchmarks import predictions
 from vocojax.inference import jobs
@@ -64,7 +64,7 @@ def _make_data(folder: pathlib.Path, lines: bool) -> Parts:
 @functools.cache
 def _settings() -> config_lib.Config:
   """A config whose rows have room for all records."""
-  config = common.get_config()
+  config = default_config()
   config.data.update(max_images=2, max_text_length=400, batch_size=1)
   config.training.steps = 1
   return config_lib.phases(config)[0]

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from configs import common
 from vocojax import config as config_lib
+from vocojax.config import default_config
 from vocojax.models.compressors import StreamTokens
 from vocojax.models.vlm import VisionLanguageModel
 
@@ -37,7 +37,7 @@ _SMALL = {
 
 def model_config(overrides: dict | None = None) -> config_lib.ModelConfig:
   """A model of a few thousand parameters; keys are dotted paths."""
-  config = common.get_config().model
+  config = default_config().model
   for path, value in (_SMALL | (overrides or {})).items():
     config.update_from_flattened_dict({path: value})
   return config_lib.from_mapping(

@@ -9,14 +9,14 @@ import optax
 import pytest
 from optax import contrib
 
-from configs import common
 from tests.models import builders
 from vocojax import config as config_lib
+from vocojax.config import default_config
 from vocojax.training import optimizer, state
 
 
 def _config(**overrides):
-  values = common.get_config().optimizer.to_dict() | overrides
+  values = default_config().optimizer.to_dict() | overrides
   return config_lib.from_mapping(
     config_lib.OptimizerConfig, values, "config.optimizer"
   )
@@ -113,7 +113,7 @@ def test_decay_reaches_matrices_only(name):
     zeros, _jit(transform.init)(params), params
   )
   updates, flat = state.flatten(updates), state.flatten(params)
-  spared = ("norm", "bias", "embed")  # of configs/common.py
+  spared = ("norm", "bias", "embed")  # of vocojax/config.py
   assert config.no_decay == spared
   for path, update in updates.items():
     expected = 0.0 if any(s in path for s in spared) else -0.05 * flat[path]

@@ -1,4 +1,4 @@
-"""config.json of published models against the shapes of configs/common.py.
+"""config.json of published models against the default shapes.
 
 The published values are those of LLaVA-1.5-7B, Vicuna-7B-v1.5 and Llama 3.2.
 Read next: `test_refusals.py`.
@@ -11,8 +11,12 @@ import pathlib
 import pytest
 import transformers
 
-from configs import common
-from vocojax.config import LlamaConfig, VisionConfig, from_mapping
+from vocojax.config import (
+  LlamaConfig,
+  VisionConfig,
+  default_config,
+  from_mapping,
+)
 from vocojax.errors import WeightsError
 from vocojax.weights import config_keys, hf_config, preprocessor
 
@@ -20,7 +24,7 @@ NOWHERE = pathlib.Path("nowhere")
 
 
 def ours(group: str, cls: type):
-  return from_mapping(cls, common.get_config().model[group].to_dict())
+  return from_mapping(cls, default_config().model[group].to_dict())
 
 
 # What llava-hf writes relies on transformers' defaults for the rest.

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 
-from vocojax import cli
 from vocojax import config as config_lib
 from vocojax.config import Config, ModelConfig
 from vocojax.core.files import get_field
@@ -199,7 +198,7 @@ def _model(source, request, words, found) -> ModelConfig:
   if not compressor:
     plain = source.layout is not None and words.source_voco is None
     compressor = "full" if plain else "voco"
-  common = _common()["model"]
+  common = config_lib.default_values(ModelConfig)
   common |= {
     "llm": dataclasses.asdict(llm),
     "vision": dataclasses.asdict(
@@ -215,11 +214,6 @@ def _model(source, request, words, found) -> ModelConfig:
     | {"name": compressor, "num_voco_tokens": request.num_voco_tokens},
   }
   return config_lib.from_mapping(ModelConfig, common, "config.model")
-
-
-def _common() -> dict[str, Any]:
-  """The config that all others begin with."""
-  return config_lib.load_module(str(cli.CONFIG_FOLDER / "common.py")).to_dict()
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -377,7 +371,7 @@ def _config(request, model, source, has_voco, read) -> Config:
     # What loses nothing.
     param_dtype="bfloat16" if dtypes == {"bfloat16"} else "float32",
   )
-  values = _common()
+  values = config_lib.default_values()
   values["model"] = json.loads(json.dumps(dataclasses.asdict(model)))
   values["seed"] = request.seed
   plain = source.layout is not None and not has_voco
@@ -388,7 +382,5 @@ def _config(request, model, source, has_voco, read) -> Config:
   }
   values["data"]["pad_to_square"] = source.pads(model.vision.image_size)
   values["training"]["epochs"] = 1.0
-  for key in ("phases", "phase"):
-    del values[key]
   values["name"] = model.compressor.name
   return config_lib.from_mapping(Config, values)
