@@ -24,8 +24,7 @@ import jax
 import numpy as np
 
 from benchmarks import hardware, llava_like, tables, train_step
-from vocojax import config as config_lib
-from vocojax.config import DataConfig, PromptConfig, default_config
+from vocojax.config import DataConfig, PromptConfig
 from vocojax.data import grouping, packing, rows, sources
 from vocojax.data.tokenizer import load_tokenizer
 from vocojax.training import optimizer as optimizer_lib
@@ -62,13 +61,15 @@ def open_data(
 ) -> tuple[DataConfig, PromptConfig, sources.Source]:
   """Writes records and opens them for rows of this size."""
   path = llava_like.write(folder, num_records, row[0] - 60, num_images)
-  c = default_config()
-  c.data.update(path=str(path), image_folder=str(folder), batching="pack")
-  c.data.update(tokenizer=str(folder / "tokenizer"))
-  c.data.update(max_text_length=row[0], max_images=row[1])
-  data = config_lib.from_mapping(DataConfig, c.data.to_dict())
-  prompts = config_lib.from_mapping(PromptConfig, c.prompt.to_dict())
-  return data, prompts, sources.make_source(data, "train")
+  data = DataConfig(
+    path=str(path),
+    image_folder=str(folder),
+    tokenizer=str(folder / "tokenizer"),
+    batching="pack",
+    max_text_length=row[0],
+    max_images=row[1],
+  )
+  return data, PromptConfig(), sources.make_source(data, "train")
 
 
 def prepare(

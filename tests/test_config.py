@@ -325,18 +325,20 @@ def test_a_start_decides(key, value):
   (start,) = config_lib.phases(c)
   asked, unset = [], base()
   unset.init_from = "elsewhere"
-  (taken,) = config_lib.phases(unset, lambda p: asked.append(p) or start)
-  assert asked == ["elsewhere"]
+  (taken,) = config_lib.phases(
+    unset, lambda p, layout: asked.append((p, layout)) or start
+  )
+  assert asked == [("elsewhere", "")]
   own = key in ("model.compressor.num_voco_tokens", "model.dtype")
   assert resolved(taken)[key] == (DEFAULTS[key] if own else value)
   c.init_from = "elsewhere"
   (other,) = config_lib.phases(base())
   if key in FREE:
-    (chosen,) = config_lib.phases(c, lambda _: other)
+    (chosen,) = config_lib.phases(c, lambda *_: other)
     assert resolved(chosen)[key] == value
     return
   with pytest.raises(ConfigError) as caught:
-    config_lib.phases(c, lambda _: other)
+    config_lib.phases(c, lambda *_: other)
   assert caught.value.where == f"config.{key}"
   assert caught.value.got == repr(value)
   assert "config.init_from (elsewhere)" in caught.value.expected
@@ -351,7 +353,7 @@ def test_later_phases_start_from_the_one_before():
   (start,) = config_lib.phases(base(), vocab_size=lambda _: 99)
   assert start.model.llm.vocab_size == 99
   with pytest.raises(ConfigError):
-    config_lib.phases(c, lambda _: start)  # has another theta
+    config_lib.phases(c, lambda *_: start)  # has another theta
   started = [phase.init_from for phase in config_lib.phases(c)]
   assert started == ["elsewhere", "", "another"]
   c.phase.b = {"model": {"llm": {"rope": {"theta": 1e4}}}}

@@ -73,7 +73,7 @@ def test_every_run_is_a_valid_config(tmp_path, monkeypatch):
       assert not config.training.evaluate
       continue
     # The same start, data and steps; the tower is frozen.
-    assert config.init_from == str(tmp_path / start / "full")
+    assert config.init_from == str(tmp_path / start / "start")
     voco = found[path.parent / "voco_1"]
     assert config.data == voco.data
     assert config.training.steps == voco.training.steps
@@ -140,7 +140,7 @@ def test_a_small_study(tmp_path):
   [run] = (elsewhere / "grid2" / "seed0").iterdir()
   assert run.name == "blind"
   config = json.loads((run / "blind" / "config.json").read_text())
-  assert config["init_from"] == str(folder / "start" / "full")
+  assert config["init_from"] == str(folder / "start" / "start")
   # Nothing is done a second time. What is missing is, and a run that fails is
   # named, with its log, while the others go on.
   times = {p: p.stat().st_mtime_ns for p in folder.glob("*/evaluation/*.json")}

@@ -17,11 +17,11 @@ from typing import Any
 import jax
 from absl import flags
 
-from vocojax import cli
+from vocojax import assemble, cli
 from vocojax.ahead import measure, picture, programs, search, topology
 from vocojax.ahead.measure import DoesNotFitError, Measurement
 from vocojax.ahead.topology import GIB
-from vocojax.config import Config, phases
+from vocojax.config import Config
 from vocojax.core import files
 from vocojax.errors import UserError
 from vocojax.training import sharding
@@ -57,7 +57,7 @@ def main() -> int:
   jax.config.update("jax_platforms", "cpu")
   if _MAX_BATCH.value and _WHAT.value == "serve":
     raise UserError("--max_batch", "--what=serve", "--what=train", "drop it")
-  config = phases(_CONFIG.value)[-1]
+  config = assemble.plan(_CONFIG.value)[-1]
   chip, devices = topology.describe(_TOPOLOGY.value)
   mesh = sharding.make_mesh(config.mesh, devices)
   config = _with_batch(config, len(devices))

@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from typing import cast
 
 import jax
+import ml_collections
 import transformers
 
+from vocojax import config as config_lib
 from vocojax.config import CompressorName, Config
 from vocojax.core.files import expand_user, storage
 from vocojax.data import prompt
@@ -23,6 +25,7 @@ from vocojax.data.sources import Source, make_source
 from vocojax.data.tokenizer import (
   VOCO_TOKEN,
   build_word_level,
+  check_same,
   load_tokenizer,
 )
 from vocojax.errors import CheckpointError, ConfigError, DataError, UserError
@@ -30,7 +33,8 @@ from vocojax.evals import answers
 from vocojax.inference.engine import Engine
 from vocojax.models.compressors import StreamTokens
 from vocojax.models.vlm import VisionLanguageModel
-from vocojax.training import checkpoint, distributed, loop, sharding
+from vocojax.training import checkpoint, distributed, loop, sharding, starts
+from vocojax.training.starts import Start
 
 # (compressor trained with, compressor used): name and title of the result.
 _RESULTS = {
@@ -61,12 +65,71 @@ def make_workdir(path: str) -> pathlib.Path:
   return folder
 
 
+def plan(
+  config: ml_collections.ConfigDict, workdir: str | None = None
+) -> tuple[Config, ...]:
+  """The phases of a config, with what their starts and tokenizers say.
+
+  Args:
+    config: as the command line gives it.
+    workdir: where a tokenizer goes that is made from data.
+
+  Raises:
+    ConfigError: as `config.phases`.
+    UserError: a start, the data or a tokenizer cannot be read.
+  """
+
+  def vocab_size(phase: Config) -> int:
+    nowhere = phase.data.source == "llava_json" and not phase.data.path
+    if workdir is None or nowhere:
+      return phase.model.llm.vocab_size
+    source = make_source(phase.data, phase.data.train_split)
+    return len(tokenizer_for(phase, source, make_workdir(workdir)))
+
+  def start_config(path: str, layout: str) -> Config:
+    try:
+      return open_start(path, layout).config
+    except UserError as e:
+      raise e.within("config.init_from") from e
+
+  return config_lib.phases(config, start_config, vocab_size)
+
+
+def open_start(path: str, layout: str = "") -> Start:
+  """A checkpoint, or a model in a folder as it is published, to start from.
+
+  Args:
+    path: of either.
+    layout: prompt layout to use it in; '' is its own.
+
+  Raises:
+    UserError: there is none, or it cannot be read.
+  """
+  folder = expand_user(path, CheckpointError)
+  published = (folder / "config.json").is_file()
+  if not published or (folder / checkpoint.FOLDER).is_dir():
+    return starts.from_checkpoint(path, layout)
+  from vocojax.weights import into, source, stream  # slow to import
+
+  found = into.make_plan(source.Request(source=path, layout=layout))
+  return Start(
+    path,
+    found.config,
+    found.tokenizer,
+    lambda abstract, model: stream.load(found, abstract),
+  )
+
+
 def tokenizer_for(
-  config: Config, source: Source, workdir: pathlib.Path
+  config: Config,
+  source: Source,
+  workdir: pathlib.Path,
+  start: Start | None = None,
 ) -> transformers.PreTrainedTokenizerFast:
   """The tokenizer of the config; small data sets may do without one.
 
-  Without `config.data.tokenizer`, a word-level tokenizer is made from the
+  It is that of the `start`, if there is one; `config.data.tokenizer` must then
+  be the same. Without either, a word-level tokenizer is made from the
   questions and answers of easy-VQA's training split, or of all words of
   GridVQA, and saved in the workdir; of several hosts, the first one does so.
 
@@ -75,6 +138,11 @@ def tokenizer_for(
     DataError: its folder cannot be used.
   """
   folder = config.data.tokenizer
+  if start:
+    if folder:
+      name = f"config.init_from ({start.path})"
+      check_same(_load_tokenizer(folder), start.tokenizer, name)
+    return start.tokenizer
   if not folder and config.data.source in ("easy_vqa", "grid_vqa"):
     folder = workdir / "tokenizer"
     if jax.process_index() == 0 and not folder.is_dir():
@@ -88,6 +156,12 @@ def tokenizer_for(
       "set it; LLaVA uses the tokenizer files of lmsys/vicuna-7b-v1.5 on the "
       "Hugging Face hub",
     )
+  return _load_tokenizer(folder)
+
+
+def _load_tokenizer(
+  folder: str | pathlib.Path,
+) -> transformers.PreTrainedTokenizerFast:
   try:
     return load_tokenizer(folder)
   except DataError as e:

@@ -35,17 +35,16 @@ _MAY_DIFFER = re.compile(
 )
 # Keys that came later: a checkpoint of before them has their defaults.
 _LATER = {
-  "data.grid_size",
-  "data.micro_batch_size",
-  "data.on_changed_data",
-  "data.on_long_text",
-  "evaluation.adaptive_threshold",
-  "model.compressor.qformer_layers",
-  "model.compressor.train_num_voco_tokens",
-  "model.llm.rope.round_positions",
-  "training.distill_weight",
-  "training.loss_mean",
-  "training.teacher",
+  "CompressorConfig": ("qformer_layers", "train_num_voco_tokens"),
+  "DataConfig": (
+    "grid_size",
+    "micro_batch_size",
+    "on_changed_data",
+    "on_long_text",
+  ),
+  "EvaluationConfig": ("adaptive_threshold",),
+  "RopeConfig": ("round_positions",),
+  "TrainingConfig": ("distill_weight", "loss_mean", "teacher"),
 }
 
 
@@ -596,7 +595,7 @@ def _optional(values: dict, path: str, group: type) -> Any:
 
 def phases(
   config: ml_collections.ConfigDict,
-  start_config: Callable[[str], Config] | None = None,
+  start_config: Callable[[str, str], Config] | None = None,
   vocab_size: Callable[[Config], int] | None = None,
 ) -> tuple[Config, ...]:
   """Splits a config into its phases, each complete, in running order.
@@ -609,8 +608,8 @@ def phases(
 
   Args:
     config: as `default_config` makes it, changed.
-    start_config: reads the config of what `config.init_from` names; without it
-      that is left unread.
+    start_config: reads the config of what `config.init_from` names, in the
+      prompt layout that is set, if it is; without it that is left unread.
     vocab_size: tokens of the tokenizer of a phase that starts from nothing and
       leaves `model.llm.vocab_size` to it.
 
@@ -640,7 +639,8 @@ def phases(
     start, before = None, ""
     if merged["init_from"] and start_config:
       before = f"config.init_from ({merged['init_from']})"
-      start = start_config(merged["init_from"])
+      layout = merged["prompt"]["layout"] or ""
+      start = start_config(merged["init_from"], layout)
     elif result:
       before, start = f"phase {result[-1].name}", result[-1]
     base = dataclasses.asdict(start) if start else default_values()
@@ -660,6 +660,16 @@ def _compressor(values: Mapping) -> str:
 
 def _is_unset(values: Mapping) -> bool:
   return values["model"]["llm"]["vocab_size"] is None
+
+
+def check_same_model(config: Config, other: Config, name: str) -> None:
+  """Makes sure that a config has the model of another one.
+
+  Raises:
+    ConfigError: a key differs that says which model it is.
+  """
+  values, base = dataclasses.asdict(config), dataclasses.asdict(other)
+  _resolved(values, base, name, "config", "")
 
 
 def _resolved(
@@ -784,7 +794,7 @@ def from_mapping(cls: type, values: Any, path: str = "config"):
   kwargs = {}
   for key in fields:
     if key not in values:
-      if f"{path}.{key}".removeprefix("config.") in _LATER:
+      if key in _LATER.get(cls.__name__, ()):
         continue
       raise ConfigError(
         f"{path}.{key}", "nothing", "a value", "see vocojax/config.py"

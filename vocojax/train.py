@@ -15,7 +15,7 @@ import jax
 from absl import flags, logging
 
 from vocojax import assemble, cli
-from vocojax.config import Config, phases
+from vocojax.config import Config
 from vocojax.core import files
 from vocojax.data.sources import make_source
 from vocojax.evals.report import write_report
@@ -33,9 +33,8 @@ _WORKDIR = flags.DEFINE_string(
 
 def main() -> int:
   logging.set_verbosity(logging.WARNING)
-  plan = phases(_CONFIG.value)
   with distributed.joined():
-    return _run(plan)
+    return _run(assemble.plan(_CONFIG.value, _WORKDIR.value))
 
 
 def _run(plan: tuple[Config, ...]) -> int:
@@ -51,13 +50,10 @@ def _run_alone(plan: tuple[Config, ...], workdir: pathlib.Path) -> int:
   if plan[-1].training.evaluate:
     # A mistake in it should not wait until everything is trained.
     make_source(plan[-1].data, plan[-1].evaluation.split)
-  made, before = [], ""
+  made: list[loop.Phase] = []
   for config in plan:
-    if not config.init_from and before:
-      config = dataclasses.replace(config, init_from=before)
-    made.append(_make_phase(config, workdir))
+    made.append(_make_phase(config, workdir, made[-1] if made else None))
     loop.check(made[-1])
-    before = str(workdir / config.name)
   for phase in made:
     try:
       _train(phase)
@@ -70,9 +66,23 @@ def _run_alone(plan: tuple[Config, ...], workdir: pathlib.Path) -> int:
   return 0
 
 
-def _make_phase(config: Config, workdir: pathlib.Path) -> loop.Phase:
+def _make_phase(
+  config: Config, workdir: pathlib.Path, before: loop.Phase | None
+) -> loop.Phase:
+  """A phase; it starts from `config.init_from`, or else the one before."""
   source = make_source(config.data, config.data.train_split)
-  tokenizer = assemble.tokenizer_for(config, source, workdir)
+  if config.init_from:
+    tokenizer = assemble.tokenizer_for(
+      config,
+      source,
+      workdir,
+      assemble.open_start(config.init_from, config.prompt.layout),
+    )
+  elif before:
+    tokenizer = before.tokenizer
+    config = dataclasses.replace(config, init_from=str(before.folder))
+  else:
+    tokenizer = assemble.tokenizer_for(config, source, workdir)
   return loop.Phase(
     config,
     workdir / config.name,
@@ -80,6 +90,7 @@ def _make_phase(config: Config, workdir: pathlib.Path) -> loop.Phase:
     tokenizer,
     source,
     sharding.make_mesh(config.mesh),
+    assemble.open_start,
   )
 
 

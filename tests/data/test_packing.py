@@ -18,7 +18,6 @@ from PIL import Image
 from benchmarks import llava_like
 from tests.data.test_pipeline import DATA, PROMPT, assert_equal, entry, take
 from vocojax import config as config_lib
-from vocojax.config import default_config
 from vocojax.data import packing, pipeline, rows, sources, tokenizer
 from vocojax.errors import DataError
 
@@ -223,11 +222,14 @@ def test_fill_on_a_mix_like_llavas(tmp_path):
   """Issue 5: text rows at least 97 % full, image slots at least 90 %."""
   path = llava_like.write(tmp_path, 800, max_words=1980)
   Image.new("RGB", (8, 8)).save(tmp_path / "0.jpg")
-  c = default_config()
-  c.data.update(path=str(path), image_folder=str(tmp_path), batching="pack")
-  c.data.update(max_text_length=2048, max_images=7)
-  data = config_lib.from_mapping(config_lib.DataConfig, c.data.to_dict())
-  prompts = config_lib.from_mapping(config_lib.PromptConfig, c.prompt.to_dict())
+  data = config_lib.DataConfig(
+    path=str(path),
+    image_folder=str(tmp_path),
+    batching="pack",
+    max_text_length=2048,
+    max_images=7,
+  )
+  prompts = config_lib.PromptConfig()
   words = tokenizer.load_tokenizer(tmp_path / "tokenizer")
   encoder = rows.Encoder(words, prompts, data, 8)
   source = sources.make_source(data, "train")

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ml_collections import ConfigDict
 
 from vocojax import config as config_lib
-from vocojax.config import default_config
 from vocojax.models.compressors import StreamTokens
 from vocojax.models.vlm import VisionLanguageModel
 
@@ -37,7 +37,7 @@ _SMALL = {
 
 def model_config(overrides: dict | None = None) -> config_lib.ModelConfig:
   """A model of a few thousand parameters; keys are dotted paths."""
-  config = default_config().model
+  config = ConfigDict(config_lib.default_values(config_lib.ModelConfig))
   for path, value in (_SMALL | (overrides or {})).items():
     config.update_from_flattened_dict({path: value})
   return config_lib.from_mapping(

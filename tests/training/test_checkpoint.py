@@ -26,6 +26,7 @@ from vocojax.training import (
   loop,
   metrics,
   sharding,
+  starts,
   state,
   step,
 )
@@ -460,9 +461,9 @@ def test_json_item_of_another_form(saved, tmp_path, item, content):
 
 def test_pipe_among_arrays(saved, tmp_path):
   where = copy(saved, tmp_path)
+  (where / "params/_METADATA").unlink()
+  os.mkfifo(where / "params/_METADATA")
   for _ in range(2):  # with checksums, and without
-    (where / "params/_METADATA").unlink()
-    os.mkfifo(where / "params/_METADATA")
     with pytest.raises(CheckpointError) as e:
       fresh_params(saved[0].model, str(where))
     assert e.value.where == f"{where}/params/_METADATA"
@@ -539,9 +540,10 @@ def test_item_that_is_missing(saved, tmp_path, item):
   assert item in e.value.where + e.value.got
 
 
-def fresh_params(model, init_from="", freeze=()):
+def fresh_params(model, init_from="", freeze=(), layout="qa_v1"):
   with runs.quick_compile():
-    return loop.init_params(model, runs.mesh(), 0, init_from, freeze)
+    start = starts.from_checkpoint(init_from, layout) if init_from else None
+    return loop.init_params(model, runs.mesh(), 0, start, freeze)
 
 
 def test_init_from_the_same_model(saved):

@@ -173,9 +173,8 @@ def test_a_run_with_a_teacher_goes_on_bit_for_bit(folder):
   assert saved == {
     p.name for p in (folder / "full/checkpoints/6").iterdir() if p.is_dir()
   }
-  mesh = runs.mesh()
-  teacher = loop.load_teacher(config, phase.model, mesh)
-  abstract = loop.abstract_params(phase.model, mesh)
+  teacher = loop.load_teacher(phase)
+  abstract = loop.abstract_params(phase.model, phase.mesh)
   full, _ = checkpoint.load_params(path, abstract, phase.model.config)
   assert _leaves(teacher) == _leaves(full)
   # Another weight is another run.
@@ -221,11 +220,11 @@ def test_a_teacher_that_saw_no_patches(folder):
   checkpoints.close()
   config = _config(folder, distill_weight=WEIGHT, teacher=str(phase.folder))
   with pytest.raises(CheckpointError) as e:
-    loop.load_teacher(config, phase.model, runs.mesh())
+    loop.load_teacher(dataclasses.replace(phase, config=config))
   assert e.value.where == "config.training.teacher"
   assert e.value.got.endswith("config.model.compressor.name 'voco'")
   gone = str(folder / "gone")
   config = _config(folder, distill_weight=WEIGHT, teacher=gone)
   with pytest.raises(CheckpointError) as e:
-    loop.load_teacher(config, phase.model, runs.mesh())
-  assert e.value.where.startswith(gone)
+    loop.load_teacher(dataclasses.replace(phase, config=config))
+  assert e.value.where.startswith(f"config.training.teacher: {gone}")

@@ -170,7 +170,8 @@ def test_straight_to_a_mesh(tmp_path):
   loaded = checkpoint.load(str(tmp_path / "out"))
   model = assemble.make_model(loaded.config, loaded.tokenizer)
   abstract = loop.abstract_params(model, runs.mesh(1, 2, 2))
-  straight = stream.load(plan, abstract)
+  straight, missing = stream.load(plan, abstract)
+  assert not missing
   stored, _ = checkpoint.load_params(
     str(tmp_path / "out"), abstract, plan.config.model
   )

@@ -15,7 +15,7 @@ import transformers
 from tokenizers import models, pre_tokenizers
 
 from vocojax.core.files import expand_user, open_regular
-from vocojax.errors import DataError, shorten
+from vocojax.errors import ConfigError, DataError, shorten
 
 VOCO_TOKEN = "<voco>"
 _SPECIAL = ("<unk>", "<s>", "</s>", VOCO_TOKEN)
@@ -24,6 +24,32 @@ _FIX = (
   "name a folder with the files of a Hugging Face tokenizer, such as those of "
   "lmsys/vicuna-7b-v1.5"
 )
+
+
+def check_same(
+  tokenizer: transformers.PreTrainedTokenizerFast,
+  known: transformers.PreTrainedTokenizerFast,
+  name: str,
+) -> None:
+  """Makes sure that each token has the id that some weights know.
+
+  Args:
+    tokenizer: the one to be used.
+    known: what the weights were trained with.
+    name: of the weights, in errors.
+
+  Raises:
+    ConfigError: a token has another id, or is missing on one side.
+  """
+  ours, theirs = tokenizer.get_vocab(), known.get_vocab()
+  for token in sorted(theirs.keys() | ours.keys()):
+    if theirs.get(token) != ours.get(token):
+      raise ConfigError(
+        "config.data.tokenizer",
+        f"id {ours.get(token, 'none')} for the token {shorten(token)}",
+        f"{theirs.get(token, 'none')}, as {name} has it",
+        "leave the key out, which takes the tokenizer from there",
+      )
 
 
 def load_tokenizer(

@@ -28,7 +28,7 @@ from vocojax.config import HOW_COMPUTED, Config, ModelConfig
 from vocojax.core import files
 from vocojax.core.orbax_calls import orbax_call
 from vocojax.data import prompt
-from vocojax.data.tokenizer import load_tokenizer
+from vocojax.data.tokenizer import check_same, load_tokenizer
 from vocojax.errors import (
   CheckpointError,
   ConfigError,
@@ -103,7 +103,8 @@ class Checkpointer:
     self._folder = phase / FOLDER
     self._config = config
     self._layout = prompt.LAYOUTS[config.prompt.layout]
-    self._tokenizer = _tokenizer_files(tokenizer)
+    self._tokenizer = tokenizer
+    self._tokenizer_item = _tokenizer_files(tokenizer)
     self._handler = _ArrayHandler()
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for item, handler in (
@@ -166,7 +167,7 @@ class Checkpointer:
         {"shares": shares} | ({"source": source} if source else {})
       ),
       config=ocp.args.JsonSave(json.loads(self._config.to_json())),
-      tokenizer=ocp.args.JsonSave(self._tokenizer),
+      tokenizer=ocp.args.JsonSave(self._tokenizer_item),
       layout=ocp.args.JsonSave(self._layout.stamp()),
       # A copy: it is written later, while the original counts on.
       progress=ocp.args.JsonSave(dict(progress)),
@@ -198,9 +199,12 @@ class Checkpointer:
         "an item optimizer",
         _START_FROM,
       )
-    with checked(where, step, ("config", "layout", "data", "progress")):
+    items = ("config", "layout", "data", "progress", "tokenizer")
+    with checked(where, step, items):
       _check_same(where, _read_config(where), self._config)
       _check_layout(where, _START_FROM)
+      saved = _read_tokenizer(where)
+      check_same(self._tokenizer, saved, f"{where}, which it resumes")
       shares = _reshare(where, read_shares(where), shard_count)
       progress = read_progress(where)
     optimizer = {"step": abstract.step, "state": abstract.opt_state}

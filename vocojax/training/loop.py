@@ -8,6 +8,7 @@ import pathlib
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,10 +19,12 @@ import transformers
 from absl import logging
 from jax.sharding import Mesh
 
+from vocojax import config as config_lib
 from vocojax.config import Config
 from vocojax.core.orbax_calls import orbax_quiet
 from vocojax.data import pipeline, sources
 from vocojax.data.sources import Source
+from vocojax.data.tokenizer import check_same
 from vocojax.errors import CheckpointError, ConfigError, DataError, UserError
 from vocojax.models.vlm import VisionLanguageModel
 from vocojax.training import (
@@ -29,6 +32,7 @@ from vocojax.training import (
   distributed,
   metrics,
   sharding,
+  starts,
   state,
   step,
 )
@@ -38,6 +42,7 @@ from vocojax.training.optimizer import (
   make_optimizer,
   schedule,
 )
+from vocojax.training.starts import Start
 from vocojax.training.state import TrainState
 
 
@@ -67,6 +72,7 @@ class Phase:
   tokenizer: transformers.PreTrainedTokenizerFast
   source: Source
   mesh: Mesh
+  open_start: Callable[..., Start] = starts.from_checkpoint
 
   @functools.cached_property
   def steps(self) -> int:
@@ -204,20 +210,23 @@ def abstract_teacher(
   return abstract_params(model.teacher, mesh)
 
 
-def load_teacher(
-  config: Config, model: VisionLanguageModel, mesh: Mesh
-) -> state.Params | None:
+def load_teacher(phase: Phase) -> state.Params | None:
   """Parameters of the checkpoint that teaches; None if it is the model.
 
   Raises:
-    CheckpointError: it is no checkpoint of a `full` phase of this shape and
-      prompt.
+    CheckpointError: it is no checkpoint of a `full` phase in this prompt.
+    ConfigError: it is of another model or tokenizer.
   """
-  abstract = abstract_teacher(config, model, mesh)
+  config = phase.config
+  abstract = abstract_teacher(config, phase.model, phase.mesh)
   if abstract is None:
     return None
   path = config.training.teacher
-  taught = checkpoint.load(path).config
+  try:
+    teacher = phase.open_start(path)
+  except UserError as e:
+    raise e.within("config.training.teacher") from e
+  taught = teacher.config
   for key, found, expected in (
     ("model.compressor.name", taught.model.compressor.name, "full"),
     ("prompt.layout", taught.prompt.layout, config.prompt.layout),
@@ -229,7 +238,10 @@ def load_teacher(
         f"a checkpoint trained with {expected!r}",
         "name a phase that saw all patches, in the prompt of this one",
       )
-  params, missing = checkpoint.load_params(path, abstract, model.config)
+  key = "config.training.teacher"
+  config_lib.check_same_model(config, taught, f"{key} ({path})")
+  check_same(phase.tokenizer, teacher.tokenizer, f"{key} ({path})")
+  params, missing = teacher.load(abstract, phase.model.config)
   if missing:
     raise CheckpointError(
       "config.training.teacher",
@@ -245,10 +257,10 @@ def init_params(
   model: VisionLanguageModel,
   mesh: Mesh,
   seed: int,
-  init_from: str,
+  start: Start | None,
   freeze: tuple[str, ...] = (),
 ) -> state.Params:
-  """Parameters of a checkpoint, and random ones where it has none.
+  """Parameters to start from, and random ones where there are none.
 
   Raises:
     ConfigError: random ones would match `freeze`, and so stay random.
@@ -256,18 +268,19 @@ def init_params(
   """
   abstract = abstract_params(model, mesh)
   loaded, missing = {}, None
-  if init_from:
-    loaded, missing = checkpoint.load_params(init_from, abstract, model.config)
-    logging.info("%s: took all parameters but %s", init_from, missing or "none")
+  if start:
+    loaded, missing = start.load(abstract, model.config)
+    logging.info("%s: all parameters but %s", start.path, missing or "none")
   if missing == []:
     return loaded
   names = list(state.flatten(abstract)) if missing is None else missing
   untrained = [n for n in names if state.matches(n, freeze)]
   if untrained:
+    path = start.path if start else ""
     raise ConfigError(
       "config.init_from",
-      f"{init_from!r}, which lacks {untrained[0]} and {len(untrained) - 1} "
-      "more parameters",
+      f"{path!r}, which lacks {untrained[0]} and {len(untrained) - 1} more "
+      "parameters",
       "a checkpoint that has what config.optimizer.freeze keeps from learning",
       "name one that has them, or freeze less",
     )
@@ -313,13 +326,14 @@ def _train(
   training, freeze = config.training, config.optimizer.freeze
   optimizer = make_optimizer(config.optimizer, phase.steps)
   distilled = training.distill_weight > 0
-  teacher = load_teacher(config, phase.model, mesh)
+  teacher = load_teacher(phase)
   abstract = abstract_state(config, phase.model, mesh, optimizer)
   latest = checkpoints.latest
   if latest is None:
-    params = init_params(
-      phase.model, mesh, config.seed, config.init_from, freeze
-    )
+    start = None
+    if config.init_from:
+      start = phase.open_start(config.init_from, config.prompt.layout)
+    params = init_params(phase.model, mesh, config.seed, start, freeze)
     train_state = jax.jit(
       lambda p: step.init_state(p, optimizer, freeze),
       out_shardings=jax.tree.map(lambda s: s.sharding, abstract),

@@ -54,16 +54,21 @@ def write_checkpoint(plan: Plan, out: pathlib.Path) -> None:
     checksums.write(temporary, 0)
 
 
-def load(plan: Plan, abstract: state.Params) -> state.Params:
+def load(plan: Plan, abstract: state.Params) -> tuple[state.Params, list[str]]:
   """The plan's parameters on devices, each device reading what it holds.
 
   Args:
     plan: where they come from.
     abstract: shapes, dtypes and shardings, as `loop.abstract_params` gives.
+
+  Returns:
+    Those of `abstract` that the plan has, and the paths of the others.
   """
   targets = state.flatten(abstract)
   loaded = {}
   for leaf in plan.leaves:
+    if leaf.path not in targets:
+      continue
     to = targets[leaf.path]
 
     def read(index, leaf=leaf, to=to):
@@ -72,7 +77,7 @@ def load(plan: Plan, abstract: state.Params) -> state.Params:
     loaded[leaf.path] = jax.make_array_from_callback(
       leaf.shape, to.sharding, read
     )
-  return state.unflatten(loaded)
+  return state.unflatten(loaded), sorted(targets.keys() - loaded.keys())
 
 
 def _box(index, shape: tuple[int, ...]) -> Box:
