@@ -150,8 +150,12 @@ class Run:
         f"--config.phase.{_START}.seed={1000 + self.seed}",
         f"--config.phase.{_START}.training.steps={self.steps}",
       ]
+      flags = [
+        flag.replace("--config.", f"--config.phase.{_START}.", 1)
+        for flag in self.flags
+      ]
       # Written last by training:
-      return [([*train, *self.flags], start / "config.json")]
+      return [([*train, *flags], start / "config.json")]
     m = self.method
     train += [
       f"--config.seed={self.seed}",

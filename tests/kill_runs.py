@@ -90,7 +90,7 @@ def kill(process: subprocess.Popen) -> bool:
   # Its output ends with the last of its processes.
   _, err = process.communicate(timeout=100)
   runs.wait_until(lambda: not runs.running(workers), 60)
-  runs.wait_until(lambda: not memory & runs.unused_memory(), 60)
+  runs.wait_until(lambda: not memory & runs.unused_memory(), 300)
   assert process.returncode in (0, -9), err
   return process.returncode == -9
 

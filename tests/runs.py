@@ -195,7 +195,10 @@ def shared_memory() -> set[str]:
 
 
 def unused_memory() -> set[str]:
-  """What no process has open: it was left behind, or is on its way to one."""
+  """What no process has open: it was left behind, or is on its way to one.
+
+  Other tests that run meanwhile have theirs on its way for minutes.
+  """
   left = shared_memory()
   for maps in pathlib.Path("/proc").glob("[0-9]*/maps"):
     with contextlib.suppress(OSError):  # it has ended meanwhile

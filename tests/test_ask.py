@@ -35,7 +35,7 @@ from vocojax.inference.batch import Batch
 from vocojax.inference.lookup import Lookup
 from vocojax.inference.requests import Request
 from vocojax.inference.sampling import Sampling
-from vocojax.training import checkpoint, loop
+from vocojax.training import checkpoint, checksums, loop
 
 TAIL = """\
   c.model.compressor.num_voco_tokens = 2
@@ -614,6 +614,7 @@ def endless(folder):
   params["llm"]["lm_head"]["kernel"] = kernel.at[:, eos].set(0)
   with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as saver:
     saver.save(path, args=ocp.args.StandardSave(params), force=True)
+  checksums.write(path.parent, 40)
   return [
     "endless",
     f"--image={folder}/1.png",

@@ -285,7 +285,7 @@ def test_workers_end_with_a_killed_run(tmp_path, start):
   process.kill()
   process.communicate(timeout=60)  # workers that live would hold its output
   assert not runs.running(workers)
-  runs.wait_until(lambda: not memory & runs.unused_memory(), 60)
+  runs.wait_until(lambda: not memory & runs.unused_memory(), 300)
 
 
 def test_shards_share_the_work(tmp_path, folder, program, whole):

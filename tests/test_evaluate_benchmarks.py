@@ -486,7 +486,11 @@ def test_bad_input(folder, program, tmp_path):
       [f"--judge_url=http://{SECRET}@x/v1", "--judge_model=m"],
       "--judge_url: got a URL with a user, ",
     ),
-    ("gqa", ["--batch_size=0"], "--batch_size=0: 0 is not a positive integer"),
+    (
+      "gqa",
+      ["--batch_size=0"],
+      "--batch_size: got '0', expected a positive integer",
+    ),
   ):
     status, said, err = program(name, *flags)
     assert (status, said) == (2, ""), (name, flags)

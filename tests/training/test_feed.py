@@ -132,7 +132,7 @@ def test_data_workers_end_with_a_killed_run(start, moment):
   process.kill()
   process.wait()
   runs.wait_until(lambda: not runs.running(workers), 60)
-  runs.wait_until(lambda: not memory & runs.unused_memory(), 60)
+  runs.wait_until(lambda: not memory & runs.unused_memory(), 300)
 
 
 def test_data_workers_leave_signals_to_the_run(start):

@@ -365,7 +365,7 @@ def test_error_of_one_host_ends_both(folder):
   (other,) = [p for p in processes if p is not failed]
   assert re.search(
     rf"(?m)^error: process {processes.index(failed)} of 2: record r5: .*5.png.*"
-    r"\(config.data.on_bad_record=skip would leave it out\)$",
+    r"leave such records out with config.data.on_bad_record=skip$",
     errors[failed],
   ), errors
   assert other.returncode not in (0, 2)

@@ -230,7 +230,8 @@ def test_a_disk_that_is_full_and_then_read_only(
       assert (status, out, end) == (2, "", ""), err
       # Progress, and Orbax' warnings on a slow machine.
       assert all(re.match(r"\r|(full|voco): |W\d", x) for x in above), err
-      assert f" {disk}/run" in f" {line}" and f": got {got}, " in line, err
+      where = rf"error: (--workdir=)?{disk}/run\S*"
+      assert re.match(rf"{where}: got {got}, ", line), err
       left = [
         path
         for path in disk.rglob("*")

@@ -22,6 +22,9 @@ from tests import runs
 from vocojax.errors import WeightsError
 from vocojax.weights import files
 
+# A process that is started here does not use JAX before it is another program.
+pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork:RuntimeWarning")
+
 MAX_BYTES = 2**30  # of address space; the program itself takes 0.4 GiB
 MAX_SECONDS = 20  # for a file
 

@@ -63,8 +63,10 @@ def signals_later() -> Iterator[None]:
   if threading.current_thread() is not threading.main_thread():
     yield
     return
-  numbers = (signal.SIGINT, signal.SIGTERM)
-  handlers = {n: signal.getsignal(n) for n in numbers}
+  both = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+  # The others stay: SIG_IGN is what was asked for, and SIG_DFL may be a handler
+  # that Python does not know, such as JAX's for SIGTERM.
+  handlers = {n: handler for n, handler in both.items() if callable(handler)}
   caught = []
 
   def note(number, frame):
@@ -74,10 +76,8 @@ def signals_later() -> Iterator[None]:
       signal.raise_signal(number)
     caught.append(number)
 
-  # SIG_DFL ends the process in the kernel, SIG_IGN is what was asked for.
-  for number, handler in handlers.items():
-    if callable(handler):
-      signal.signal(number, note)
+  for number in handlers:
+    signal.signal(number, note)
   try:
     yield
   finally:

@@ -95,7 +95,7 @@ _DEVIATION = Number(float, 1e-30, 1e3)
 _COMMON = """
   _attn_implementation _attn_implementation_autoset
   _attn_implementation_internal _commit_hash _flash_attn_2_enabled
-  _name_or_path architectures attn_implementation auto_map bad_words_ids
+  _model_name_or_path _name_or_path architectures attn_implementation auto_map bad_words_ids
   begin_suppress_tokens bos_token_id chunk_size_feed_forward
   decoder_start_token_id diversity_penalty do_sample dtype early_stopping
   encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
@@ -107,8 +107,8 @@ _COMMON = """
   repetition_penalty return_dict return_dict_in_generate sep_token_id
   suppress_tokens task_specific_params temperature tf_legacy_loss
   tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
-  transformers.js_config transformers_version typical_p unsloth_fixed
-  unsloth_version use_bfloat16 use_cache
+  transformers.js_config transformers_version typical_p unk_token_id
+  unsloth_fixed unsloth_version use_bfloat16 use_cache
 """
 _COMMON_ONLY: dict[str, tuple[Any, ...]] = {
   "add_cross_attention": (False,),
