@@ -95,8 +95,8 @@ _DEVIATION = Number(float, 1e-30, 1e3)
 _COMMON = """
   _attn_implementation _attn_implementation_autoset
   _attn_implementation_internal _commit_hash _flash_attn_2_enabled
-  _model_name_or_path _name_or_path architectures attn_implementation auto_map bad_words_ids
-  begin_suppress_tokens bos_token_id chunk_size_feed_forward
+  _model_name_or_path _name_or_path architectures attn_implementation auto_map
+  bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
   decoder_start_token_id diversity_penalty do_sample dtype early_stopping
   encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
   finetuning_task forced_bos_token_id forced_eos_token_id
