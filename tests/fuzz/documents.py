@@ -104,13 +104,24 @@ def cases(pick: files.Pick) -> dict[str, Case]:
 def _damaged(change: Callable) -> Edit:
   def edit(document: Document, rng: Random) -> bytes:
     data = change(document.text().rstrip().encode(), rng)
-    try:
-      document.also = Document(data).text()
-    except (ValueError, RecursionError):
-      document.also = ""
+    document.also = _parsed(data)
+    if not document.also and document.lines:
+      # A reader may leave out a line and take the others.
+      before = document.text().encode().splitlines()
+      after = zip(data.splitlines(), before, strict=False)
+      document.also = "".join(
+        _parsed(line) or f"{old.decode()}\n" for line, old in after
+      )
     return data
 
   return edit
+
+
+def _parsed(data: bytes) -> str:
+  try:
+    return Document(data).text()
+  except (ValueError, RecursionError):
+    return ""
 
 
 def _raw(raw: str, kind: Any = object) -> Edit:
