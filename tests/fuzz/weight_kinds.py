@@ -227,7 +227,12 @@ def _read_tokenizer(folder: pathlib.Path) -> Parts:
 
 
 _TOKENIZER = documents.cases(files.one_of("*.json"))
-for _name in ("byte_order_mark", "key_twice", "beyond_float"):
+for _name in (
+  "byte_order_mark",
+  "key_twice",
+  "beyond_float",
+  "lone_surrogate",
+):
   # The libraries that read these files may do either.
   _TOKENIZER[_name] = "either", _TOKENIZER[_name][1]
 KINDS = {

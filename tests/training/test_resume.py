@@ -390,7 +390,7 @@ def test_a_run_from_before_data_was_compared(
 ):
   (config,) = phases(load_module(str(sound / "one.py")))
   with runs.quick_compile(), monkeypatch.context() as before:
-    before.setattr(loop, "_source", lambda phase: None)
+    before.setattr(loop, "_source", lambda phase: {})
     loop.run(runs.phase(with_steps(config, 2), tmp_path / "old"))
   saved = checkpoint.read_json(tmp_path / "old/checkpoints/2", "data")
   assert saved == {"shares": [{"next_record": 8}]}

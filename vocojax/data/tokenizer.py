@@ -79,6 +79,7 @@ def load_tokenizer(
     tokenizer = transformers.AutoTokenizer.from_pretrained(
       str(folder), local_files_only=True, trust_remote_code=False
     )
+    tokenizer("a")  # which a setting of a wrong type does not survive
   except Exception as e:  # the Rust parser raises bare Exception
     raise DataError(
       where,
