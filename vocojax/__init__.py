@@ -27,6 +27,9 @@ if (
 ):
   signal.signal(signal.SIGINT, _end_interrupted)
 
+# transformers says on each start that it found no PyTorch, and needs none here.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 # Slower to import than all of the above.
 from typing import TYPE_CHECKING  # noqa: E402
 

@@ -180,11 +180,12 @@ def _load(path: str) -> ml_collections.ConfigDict:
   known = CONFIG_FOLDER / f"{name}.py"
   if not pathlib.Path(path).is_file():
     if path not in (name, f"configs/{name}.py") or not known.is_file():
+      near = config_lib.nearest(name, _known_configs().split(", "))
       raise ConfigError(
         f"--config={path}",
         "no such file",
         "a config file",
-        f"choose another, such as {_known_configs()}",
+        f"write {near}" if near else f"choose from {_known_configs()}",
       )
     path = str(known)
   try:
