@@ -4,6 +4,7 @@ Read next: `training/test_resume.py`, `test_train.py`.
 """
 
 import contextlib
+import copy
 import json
 import os
 import pathlib
@@ -15,6 +16,8 @@ import time
 
 import jax
 import numpy as np
+import tokenizers
+import transformers
 from jax.sharding import AxisType
 from PIL import Image
 
@@ -187,6 +190,20 @@ def wait_until(condition, seconds: float) -> None:
 def running(pids: set[int]) -> set[int]:
   """Those of some processes that still live."""
   return pids & children(0)
+
+
+def permuted(
+  words: transformers.PreTrainedTokenizerFast,
+) -> transformers.PreTrainedTokenizerFast:
+  """A tokenizer in which two tokens have each other's ids."""
+  values = json.loads(words.backend_tokenizer.to_str())
+  vocabulary = values["model"]["vocab"]
+  one, two = sorted(vocabulary)[-2:]
+  vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+  changed = copy.deepcopy(words)
+  backend = tokenizers.Tokenizer.from_str(json.dumps(values))
+  changed.backend_tokenizer.model = backend.model
+  return changed
 
 
 def shared_memory() -> set[str]:

@@ -294,6 +294,20 @@ def test_another_prompt_layout_is_refused(
   assert_equal_trees(found, random_state(phase.model).params)
 
 
+def test_another_tokenizer_is_refused(saved, tmp_path):
+  """Of as many tokens."""
+  phase, _ = saved
+  where = copy(saved, tmp_path)
+  checkpoints = checkpoint.Checkpointer(
+    tmp_path / "run", phase.config, runs.permuted(phase.tokenizer)
+  )
+  with pytest.raises(ConfigError) as e:
+    checkpoints.restore(STEP, abstract(phase), 1)
+  checkpoints.close()
+  assert e.value.where == "config.data.tokenizer"
+  assert f"{where}, which it resumes" in e.value.expected
+
+
 def test_a_layout_may_be_chosen(saved, tmp_path):
   phase, _ = saved
   own = checkpoint.load(str(phase.folder))

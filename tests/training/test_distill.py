@@ -185,6 +185,27 @@ def test_a_run_with_a_teacher_goes_on_bit_for_bit(folder):
   assert "config.training.distill_weight" in str(e.value)
 
 
+@pytest.mark.parametrize("other", ["model", "tokenizer"])
+def test_a_teacher_of_another_model(folder, other):
+  """Of the same shapes."""
+  path = str(folder / "full")
+  config = _config(folder, distill_weight=WEIGHT, teacher=path)
+  phase = runs.phase(config, folder / f"taught_{other}")
+  where = "config.data.tokenizer"
+  if other == "model":
+    rope = dataclasses.replace(config.model.llm.rope, theta=5e5)
+    llm = dataclasses.replace(config.model.llm, rope=rope)
+    model = dataclasses.replace(config.model, llm=llm)
+    phase.config = dataclasses.replace(config, model=model)
+    where = "config.model.llm.rope.theta"
+  else:
+    phase.tokenizer = runs.permuted(phase.tokenizer)
+  with pytest.raises(ConfigError) as e:
+    loop.load_teacher(phase)
+  assert e.value.where == where
+  assert f"config.training.teacher ({path})" in e.value.expected
+
+
 def test_a_run_that_teaches_itself(folder):
   with runs.quick_compile():
     taught, plain = (
