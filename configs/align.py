@@ -2,7 +2,7 @@
 
   python -m vocojax.train --config=configs/align.py --workdir=DIR \
     --config.init_from=CHECKPOINT --config.data.image_folder=DIR \
-    --config.data.path=blip_laion_cc_sbu_558k.json --config.data.tokenizer=DIR
+    --config.data.path=blip_laion_cc_sbu_558k.json
 
 Hardware of the original: 8 A100-80G, 3.5 hours. Nobody has published a run of
 this file. CHECKPOINT holds Vicuna and CLIP; go on from WORKDIR/full with

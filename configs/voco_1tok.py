@@ -2,7 +2,10 @@
 
   python -m vocojax.train --config=configs/voco_1tok.py --workdir=DIR \
     --config.init_from=CHECKPOINT --config.data.path=llava_v1_5_mix665k.json \
-    --config.data.image_folder=DIR --config.data.tokenizer=DIR
+    --config.data.image_folder=DIR
+
+CHECKPOINT is a phase folder, or a model as it is published; shapes, tokenizer
+and preprocessing are its own. Without one they are LLaVA-1.5-7B's.
 
 Hardware of the original: 8 A100-40G, about 7 hours an epoch. Score it reports:
 GQA 57.0, MMBench 58.8, VQAv2 72.3. Nobody has published a run of this file.

@@ -61,8 +61,8 @@ program() { run .venv/bin/python -m "vocojax.$1" "${@:2}"; }
 
 # train CONFIG FOLDER [FLAG...]: one stage, in a folder of OUT.
 train() {
-  program train --config="configs/$1.py" --workdir="$out/$2" \
-    --config.data.tokenizer="$llm" "${@:3}" "${flags[@]}"
+  program train --config="configs/$1.py" --workdir="$out/$2" "${@:3}" \
+    "${flags[@]}"
 }
 
 [[ -d $out/start/checkpoints ]] ||
