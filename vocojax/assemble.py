@@ -95,6 +95,45 @@ def plan(
   return config_lib.phases(config, start_config, vocab_size)
 
 
+def make_phases(
+  plan: tuple[Config, ...], workdir: pathlib.Path
+) -> list[loop.Phase]:
+  """What training runs, one phase after the other, checked beforehand.
+
+  Each starts from its `config.init_from`, or else the one before.
+
+  Args:
+    plan: the phases.
+    workdir: of the run; a tokenizer that is made from data goes there.
+
+  Raises:
+    UserError: see `loop.check`; data or tokenizer cannot be read.
+  """
+  made: list[loop.Phase] = []
+  for config in plan:
+    source = make_source(config.data, config.data.train_split)
+    if config.init_from or not made:
+      start = None
+      if config.init_from:
+        start = open_start(config.init_from, config.prompt.layout)
+      tokenizer = tokenizer_for(config, source, workdir, start)
+    else:
+      tokenizer, before = made[-1].tokenizer, str(made[-1].folder)
+      config = dataclasses.replace(config, init_from=before)
+    phase = loop.Phase(
+      config,
+      workdir / config.name,
+      make_model(config, tokenizer),
+      tokenizer,
+      source,
+      sharding.make_mesh(config.mesh),
+      open_start,
+    )
+    loop.check(phase, made)
+    made.append(phase)
+  return made
+
+
 def open_start(path: str, layout: str = "") -> Start:
   """A checkpoint, or a model in a folder as it is published, to start from.
 
@@ -116,7 +155,8 @@ def open_start(path: str, layout: str = "") -> Start:
     path,
     found.config,
     found.tokenizer,
-    lambda abstract, model: stream.load(found, abstract),
+    lambda abstract, _: stream.missing(found, abstract),
+    lambda abstract, _: stream.load(found, abstract),
   )
 
 

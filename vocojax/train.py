@@ -8,7 +8,6 @@ it is started on each, with the same workdir on a file system that all share.
 Read next: training/loop.py.
 """
 
-import dataclasses
 import pathlib
 
 import jax
@@ -19,7 +18,7 @@ from vocojax.config import Config
 from vocojax.core import files
 from vocojax.data.sources import make_source
 from vocojax.evals.report import write_report
-from vocojax.training import checkpoint, distributed, loop, sharding
+from vocojax.training import checkpoint, distributed, loop
 
 _CONFIG = cli.define_config()
 distributed.define_flags()
@@ -50,10 +49,7 @@ def _run_alone(plan: tuple[Config, ...], workdir: pathlib.Path) -> int:
   if plan[-1].training.evaluate:
     # A mistake in it should not wait until everything is trained.
     make_source(plan[-1].data, plan[-1].evaluation.split)
-  made: list[loop.Phase] = []
-  for config in plan:
-    made.append(_make_phase(config, workdir, made[-1] if made else None))
-    loop.check(made[-1])
+  made = assemble.make_phases(plan, workdir)
   for phase in made:
     try:
       _train(phase)
@@ -64,34 +60,6 @@ def _run_alone(plan: tuple[Config, ...], workdir: pathlib.Path) -> int:
   if plan[-1].training.evaluate:
     _evaluate(plan, workdir, made_by)
   return 0
-
-
-def _make_phase(
-  config: Config, workdir: pathlib.Path, before: loop.Phase | None
-) -> loop.Phase:
-  """A phase; it starts from `config.init_from`, or else the one before."""
-  source = make_source(config.data, config.data.train_split)
-  if config.init_from:
-    tokenizer = assemble.tokenizer_for(
-      config,
-      source,
-      workdir,
-      assemble.open_start(config.init_from, config.prompt.layout),
-    )
-  elif before:
-    tokenizer = before.tokenizer
-    config = dataclasses.replace(config, init_from=str(before.folder))
-  else:
-    tokenizer = assemble.tokenizer_for(config, source, workdir)
-  return loop.Phase(
-    config,
-    workdir / config.name,
-    assemble.make_model(config, tokenizer),
-    tokenizer,
-    source,
-    sharding.make_mesh(config.mesh),
-    assemble.open_start,
-  )
 
 
 def _train(phase: loop.Phase) -> None:

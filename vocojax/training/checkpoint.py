@@ -558,26 +558,13 @@ def load_params(
     CheckpointError: a parameter has another shape or cannot be read.
   """
   folder, step = find(path)
-  where = folder / str(step)
-  wanted = state.flatten(abstract)
-  handler = ocp.StandardCheckpointHandler()
+  where, wanted = folder / str(step), state.flatten(abstract)
   with (
     _readable(where),
     checked(where, step, ("params",), together=True),
-    ocp.Checkpointer(handler) as reader,
+    ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader,
   ):
-    # Not from `reader`, which warns that a part is not a whole checkpoint.
-    saved = state.flatten(handler.metadata(epath.Path(where) / "params").tree)
-    for name in wanted.keys() & saved.keys():
-      if tuple(saved[name].shape) != wanted[name].shape:
-        raise CheckpointError(
-          f"{where}/params: {name}",
-          f"shape {tuple(saved[name].shape)}",
-          f"{wanted[name].shape}, which the model of this run needs "
-          f"({model.llm.num_hidden_layers} layers, width "
-          f"{model.llm.hidden_size})",
-          "use a checkpoint of the same shape, or change config.model",
-        )
+    saved = _param_shapes(where, wanted, model)
     # Orbax restores whole items: what is not wanted is read and dropped.
     target = {
       name: wanted.get(name, jax.ShapeDtypeStruct(x.shape, x.dtype))
@@ -590,6 +577,43 @@ def load_params(
     name: x for name, x in state.flatten(restored).items() if name in wanted
   }
   return state.unflatten(found), sorted(wanted.keys() - found.keys())
+
+
+def missing_params(
+  path: str, abstract: state.Params, model: ModelConfig
+) -> list[str]:
+  """Paths of those parameters that a checkpoint lacks; reads no array.
+
+  Args and errors are those of `load_params`.
+  """
+  folder, step = find(path)
+  where, wanted = folder / str(step), state.flatten(abstract)
+  with _readable(where):
+    return sorted(wanted.keys() - _param_shapes(where, wanted, model).keys())
+
+
+def _param_shapes(
+  where: pathlib.Path, wanted: dict[str, Any], model: ModelConfig
+) -> dict[str, Any]:
+  """Shapes and dtypes of the parameters of a step, by path.
+
+  Raises:
+    CheckpointError: one that is wanted has another shape.
+  """
+  # Not from a reader, which warns that a part is not a whole checkpoint.
+  handler = ocp.StandardCheckpointHandler()
+  saved = state.flatten(handler.metadata(epath.Path(where) / "params").tree)
+  for name in wanted.keys() & saved.keys():
+    if tuple(saved[name].shape) != wanted[name].shape:
+      raise CheckpointError(
+        f"{where}/params: {name}",
+        f"shape {tuple(saved[name].shape)}",
+        f"{wanted[name].shape}, which the model of this run needs "
+        f"({model.llm.num_hidden_layers} layers, width "
+        f"{model.llm.hidden_size})",
+        "use a checkpoint of the same shape, or change config.model",
+      )
+  return saved
 
 
 def _tokenizer_files(tokenizer) -> dict[str, dict]:

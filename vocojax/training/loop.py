@@ -8,7 +8,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -102,12 +102,17 @@ class Phase:
     )
 
 
-def check(phase: Phase) -> None:
-  """What can be said of a phase before any is run.
+def check(phase: Phase, earlier: Sequence[Phase] = ()) -> None:
+  """What can be said of a phase before any is run; reads no array.
+
+  Args:
+    phase: to be run.
+    earlier: phases that are run before it.
 
   Raises:
-    ConfigError: the batch cannot be split, or patterns of the optimiser do not
-      fit the parameters.
+    ConfigError: the batch cannot be split, patterns of the optimiser do not fit
+      the parameters, or what is frozen starts from nothing.
+    UserError: what it starts from, or is taught by, cannot be used.
   """
   config = phase.config
   sharding.check_batch(
@@ -115,6 +120,48 @@ def check(phase: Phase) -> None:
   )
   params = abstract_params(phase.model, phase.mesh)
   check_patterns(config.optimizer, state.flatten(params))
+  by_path = {str(other.folder): other for other in earlier}
+
+  def open_start(path: str, layout: str = "") -> Start:
+    if path not in by_path:
+      return phase.open_start(path, layout)
+    other = by_path[path]
+    has = state.flatten(abstract_params(other.model, other.mesh)).keys()
+    return Start(
+      path,
+      other.config,
+      other.tokenizer,
+      lambda abstract, _: sorted(state.flatten(abstract).keys() - has),
+      lambda *wanted: phase.open_start(path, layout).load(*wanted),
+    )
+
+  _open_teacher(dataclasses.replace(phase, open_start=open_start))
+  folder = phase.folder / checkpoint.FOLDER
+  if folder.is_dir() and checkpoint.steps(folder):
+    return  # it resumes
+  start, missing = None, list(state.flatten(params))
+  if config.init_from:
+    start = open_start(config.init_from, config.prompt.layout)
+    missing = start.missing(params, phase.model.config)
+  _check_frozen(start, missing, config.optimizer.freeze)
+
+
+def _check_frozen(
+  start: Start | None, missing: list[str], freeze: tuple[str, ...]
+) -> None:
+  """Makes sure that no parameter stays random.
+
+  Raises:
+    ConfigError: one that the start lacks is frozen.
+  """
+  if random := [name for name in missing if state.matches(name, freeze)]:
+    raise ConfigError(
+      "config.init_from",
+      f"{start.path if start else ''!r}, which lacks {random[0]} and "
+      f"{len(random) - 1} more parameters",
+      "a checkpoint that has what config.optimizer.freeze keeps from learning",
+      "name one that has them, or freeze less",
+    )
 
 
 def run(phase: Phase) -> state.Params:
@@ -217,40 +264,47 @@ def load_teacher(phase: Phase) -> state.Params | None:
     CheckpointError: it is no checkpoint of a `full` phase in this prompt.
     ConfigError: it is of another model or tokenizer.
   """
+  teacher = _open_teacher(phase)
+  abstract = abstract_teacher(phase.config, phase.model, phase.mesh)
+  if teacher is None or abstract is None:
+    return None
+  return teacher.load(abstract, phase.model.config)[0]
+
+
+def _open_teacher(phase: Phase) -> Start | None:
+  """What `load_teacher` reads, which has all that it needs."""
   config = phase.config
   abstract = abstract_teacher(config, phase.model, phase.mesh)
   if abstract is None:
     return None
-  path = config.training.teacher
+  key, path = "config.training.teacher", config.training.teacher
   try:
     teacher = phase.open_start(path)
   except UserError as e:
-    raise e.within("config.training.teacher") from e
+    raise e.within(key) from e
   taught = teacher.config
-  for key, found, expected in (
+  for name, found, expected in (
     ("model.compressor.name", taught.model.compressor.name, "full"),
     ("prompt.layout", taught.prompt.layout, config.prompt.layout),
   ):
     if found != expected:
       raise CheckpointError(
-        "config.training.teacher",
-        f"{path}, trained with config.{key} {found!r}",
+        key,
+        f"{path}, trained with config.{name} {found!r}",
         f"a checkpoint trained with {expected!r}",
         "name a phase that saw all patches, in the prompt of this one",
       )
-  key = "config.training.teacher"
   config_lib.check_same_model(config, taught, f"{key} ({path})")
   check_same(phase.tokenizer, teacher.tokenizer, f"{key} ({path})")
-  params, missing = teacher.load(abstract, phase.model.config)
-  if missing:
+  if missing := teacher.missing(abstract, phase.model.config):
     raise CheckpointError(
-      "config.training.teacher",
+      key,
       f"{path}, which lacks {missing[0]} and {len(missing) - 1} more "
       "parameters",
       "a checkpoint that has them",
       "name another checkpoint",
     )
-  return params
+  return teacher
 
 
 def init_params(
@@ -274,16 +328,7 @@ def init_params(
   if missing == []:
     return loaded
   names = list(state.flatten(abstract)) if missing is None else missing
-  untrained = [n for n in names if state.matches(n, freeze)]
-  if untrained:
-    path = start.path if start else ""
-    raise ConfigError(
-      "config.init_from",
-      f"{path!r}, which lacks {untrained[0]} and {len(untrained) - 1} more "
-      "parameters",
-      "a checkpoint that has what config.optimizer.freeze keeps from learning",
-      "name one that has them, or freeze less",
-    )
+  _check_frozen(start, names, freeze)
 
   def fresh(key):
     flat = state.flatten(model.init(key))
@@ -333,11 +378,12 @@ def _train(
     start = None
     if config.init_from:
       start = phase.open_start(config.init_from, config.prompt.layout)
-    params = init_params(phase.model, mesh, config.seed, start, freeze)
+    # Donated: what it keeps is not held twice.
     train_state = jax.jit(
       lambda p: step.init_state(p, optimizer, freeze),
       out_shardings=jax.tree.map(lambda s: s.sharding, abstract),
-    )(params)
+      donate_argnums=0,
+    )(init_params(phase.model, mesh, config.seed, start, freeze))
     sums = metrics.Sums(distilled=distilled)
   else:
     # A phase that is done reads no data.

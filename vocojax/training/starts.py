@@ -17,6 +17,8 @@ class Start:
     path: names them in errors.
     config: of their model.
     tokenizer: theirs.
+    missing: given shapes of parameters and the model that wants them, the paths
+      of those that there are not; reads no array.
     load: given shapes, dtypes and shardings of parameters and the model that
       wants them, those that there are, and the paths of those that are not.
   """
@@ -24,6 +26,9 @@ class Start:
   path: str
   config: Config
   tokenizer: transformers.PreTrainedTokenizerFast
+  missing: Callable[[state.Params, ModelConfig], list[str]] = dataclasses.field(
+    repr=False
+  )
   load: Callable[
     [state.Params, ModelConfig], tuple[state.Params, list[str]]
   ] = dataclasses.field(repr=False)
@@ -37,7 +42,10 @@ def from_checkpoint(path: str, layout: str = "") -> Start:
   """
   loaded = checkpoint.load(path, layout)
 
-  def load(abstract: state.Params, model: ModelConfig):
-    return checkpoint.load_params(path, abstract, model)
-
-  return Start(path, loaded.config, loaded.tokenizer, load)
+  return Start(
+    path,
+    loaded.config,
+    loaded.tokenizer,
+    lambda *wanted: checkpoint.missing_params(path, *wanted),
+    lambda *wanted: checkpoint.load_params(path, *wanted),
+  )

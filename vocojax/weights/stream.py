@@ -77,7 +77,14 @@ def load(plan: Plan, abstract: state.Params) -> tuple[state.Params, list[str]]:
     loaded[leaf.path] = jax.make_array_from_callback(
       leaf.shape, to.sharding, read
     )
-  return state.unflatten(loaded), sorted(targets.keys() - loaded.keys())
+  return state.unflatten(loaded), missing(plan, abstract)
+
+
+def missing(plan: Plan, abstract: state.Params) -> list[str]:
+  """Paths of `abstract` that a plan has no parameter for."""
+  return sorted(
+    state.flatten(abstract).keys() - {leaf.path for leaf in plan.leaves}
+  )
 
 
 def _box(index, shape: tuple[int, ...]) -> Box:

@@ -1,0 +1,102 @@
+"""Memory of a device at the peak of a training step. Next: machine.py.
+
+What a step is called with is exact: the shapes that `vocojax.aot` compiles. The
+rest is arithmetic, with factors fitted to what compiled steps take and to runs
+on CPU; the tests hold both. A, K, F, T, D, H, P, G and M are those of vlm.py
+and llama.py.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from vocojax.ahead import programs
+from vocojax.config import Config
+from vocojax.models import precision
+from vocojax.training import state
+
+# On CPU also that of the compiler and its programs.
+_PROGRAM = 2**29
+
+
+def estimate(config: Config, mesh: Mesh, platform: str) -> dict[str, int]:
+  """Bytes of one device by use.
+
+  Args:
+    config: one phase.
+    mesh: its mesh; its devices need not be those that are planned for.
+    platform: of these: 'cpu', 'gpu' or 'tpu'.
+
+  Raises:
+    ConfigError: the mesh does not fit the model.
+  """
+  [program] = programs.train(config, mesh)
+  model, llm, on_cpu = config.model, config.model.llm, platform == "cpu"
+  accumulate = config.training.accumulate
+  fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+  shards = fsdp * tensor
+  rows = -(-config.data.batch_size // (mesh.size // tensor * accumulate))
+  trained = program.arguments["trained parameters"]
+  float32 = 4 * sum(x.size for x in jax.tree.leaves(trained)) // shards
+  slots = jax.eval_shape(lambda p: precision.slots(p, model.dtype), trained)
+  gradients = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(slots))
+  # XLA on CPU has no bfloat16, and updates beside the gradients.
+  gradients = 2 * float32 if on_cpu else gradients // shards
+  if accumulate > 1:
+    gradients += float32
+  width = jnp.dtype(model.dtype).itemsize
+  D, M = llm.hidden_size, llm.intermediate_size
+  HP, GP = (
+    n * llm.head_dim for n in (llm.num_attention_heads, llm.num_key_value_heads)
+  )
+  weights = width * D * (2 * HP + 2 * GP + 3 * M) // tensor  # of a layer
+  gathered = 2 * weights if fsdp > 1 else 0
+  copies = 0
+  if not on_cpu and model.scan_layers and model.dtype != model.param_dtype:
+    copies = llm.num_hidden_layers * weights // fsdp
+  layer, saved = _activations(config, rows, tensor, on_cpu, platform == "tpu")
+  vocabulary = min(model.logits_chunk, llm.padded_vocab_size)
+  head = 3 * 4 * rows * config.data.max_text_length * vocabulary
+  return program.argument_bytes | {
+    "gradients": gradients,
+    "activations": saved,
+    "temporaries": copies + max(gathered + layer, head) + on_cpu * _PROGRAM,
+  }
+
+
+def _activations(
+  config: Config, rows: int, tensor: int, on_cpu: bool, on_tpu: bool
+) -> tuple[int, int]:
+  """Bytes of the backward pass of a layer, and of what the others keep."""
+  model, llm, vision = config.model, config.model.llm, config.model.vision
+  F, T = config.data.max_images, config.data.max_text_length
+  stream, H = programs.make_model(config).stream, llm.num_attention_heads
+  A, K, D, M = (
+    stream.length,
+    len(stream.visible),
+    llm.hidden_size,
+    llm.intermediate_size,
+  )
+  HP, GP = H * llm.head_dim, llm.num_key_value_heads * llm.head_dim
+  width, tokens = jnp.dtype(model.dtype).itemsize, rows * (F * A + T)
+  # Attention without a kernel that saves them: all on CPU, of text on GPU.
+  scores = 0 if on_tpu else T * (T // config.data.text_slots + F * K)
+  scores = rows * H * (scores + on_cpu * F * A * A // 2) // tensor
+  part = M if tensor > 1 else M // model.mlp_chunks
+  layer = width * tokens * (4 * D + (4 * HP + 3 * GP + 5 * part) // tensor)
+
+  def kept(D: int, HP: int, GP: int, M: int) -> int:
+    """Numbers of a token that a layer keeps."""
+    if model.remat == "full":
+      return D
+    if model.remat == "dots":
+      return 2 * D + (HP + 2 * GP + 2 * M) // tensor
+    return 8 * D + (6 * HP + 4 * GP + 5 * M) // tensor
+
+  saved = tokens * kept(D, HP, GP, M) + (model.remat == "none") * scores
+  saved *= llm.num_hidden_layers - 1
+  if not state.matches("vision/layers/", config.optimizer.freeze):
+    D, M = vision.hidden_size, vision.intermediate_size
+    patches = rows * F * (vision.num_patches + 1) * vision.num_feature_layers
+    saved += patches * kept(D, D, D, M)
+  return layer + 12 * scores, width * saved
