@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 import jax
@@ -96,8 +96,8 @@ def plan(
 
 
 def make_phases(
-  plan: tuple[Config, ...], workdir: pathlib.Path
-) -> list[loop.Phase]:
+  plan: Iterable[Config], workdir: pathlib.Path
+) -> Iterator[loop.Phase]:
   """What training runs, one phase after the other, checked beforehand.
 
   Each starts from its `config.init_from`, or else the one before.
@@ -131,7 +131,7 @@ def make_phases(
     )
     loop.check(phase, made)
     made.append(phase)
-  return made
+    yield phase
 
 
 def open_start(path: str, layout: str = "") -> Start:

@@ -4,9 +4,10 @@
   python -m vocojax.doctor --config=FILE --workdir=DIR [--thorough]
 
 One line a check: packages, devices, memory, disk; with --workdir or
---checkpoint every checkpoint; with --config the model and every record of the
-training data. Each ends in OK, or in a warning or an error with its remedy.
-The exit status is 1 if there is an error. Read next: health/findings.py.
+--checkpoint every checkpoint; with --config the memory of the run, what it
+starts from and every record of the training data. Each ends in OK, or in a
+warning or an error with its remedy. The exit status is 1 if there is an error.
+Read next: health/findings.py.
 """
 
 import importlib
@@ -20,7 +21,7 @@ from typing import Any
 from absl import flags, logging
 
 from vocojax import cli
-from vocojax.config import Config, phases
+from vocojax.config import Config
 from vocojax.core import files
 from vocojax.errors import UserError, one_line
 from vocojax.health.findings import Finding, count, size
@@ -41,27 +42,32 @@ _THOROUGH = flags.DEFINE_bool(
 _LIST = flags.DEFINE_string(
   "list", None, "File to write: all records with something wrong, one a line."
 )
-_PLOT = flags.DEFINE_string(
-  "plot", None, "PNG file to write: lengths of conversations."
-)
 
 
 def main() -> int:
   logging.set_verbosity(logging.ERROR)
-  plan = phases(_CONFIG.value) if _CONFIG.value is not None else ()
-  for flag in (_LIST, _PLOT):
-    _check_output(flag.name, flag.value, bool(plan))
+  listed = _list_path()
   doctor = _Doctor()
   doctor.look("packages", _packages())
-  doctor.look("devices", _devices())
-  # What else needs JAX leaves the accelerators alone.
+  devices = []
+  doctor.look("devices", _devices(devices))
+  # What else needs JAX leaves the accelerators alone, with as many devices.
   os.environ["JAX_PLATFORMS"] = "cpu"
-  if "jax" in sys.modules:  # it has read the variable already
-    sys.modules["jax"].config.update("jax_platforms", "cpu")
-  doctor.look("host memory", _memory(plan))
-  doctor.look("disk", _disk(plan))
-  doctor.look("checkpoints", _checkpoints())
-  doctor.look("data", _data(plan))
+  if devices and devices[0].platform != "cpu":
+    os.environ["JAX_NUM_CPU_DEVICES"] = str(len(devices))
+  if jax := sys.modules.get("jax"):  # it has read the variables already
+    jax.config.update("jax_platforms", "cpu")
+    if devices and devices[0].platform != "cpu":
+      jax.config.update("jax_num_cpu_devices", len(devices))
+  with tempfile.TemporaryDirectory() as scratch:
+    plan: list[Config] = []
+    doctor.look("config", _plan(scratch, plan))
+    doctor.look("host memory", _memory(plan, devices))
+    doctor.look("disk", _disk(plan))
+    doctor.look("checkpoints", _checkpoints())
+    made: list[Any] = []
+    doctor.look("training", _phases(plan, scratch, made))
+    doctor.look("data", _data(made, listed))
   number = doctor.number
   print(
     f"{count(number['error'], 'error')}, {count(number['warning'], 'warning')}"
@@ -69,18 +75,22 @@ def main() -> int:
   return int(number["error"] > 0)
 
 
-def _check_output(name: str, path: str | None, has_data: bool) -> None:
-  if not path:
-    return
-  if not has_data:
+def _list_path() -> pathlib.Path | None:
+  if not _LIST.value:
+    return None
+  if _CONFIG.value is None:
     raise UserError(
-      f"--{name}", "no --config", "one, which names the data", "add it"
+      "--list", "no --config", "one, which names the data", "add it"
     )
-  folder = files.expand_user(path, UserError).absolute().parent
-  if not folder.is_dir():
+  path = files.expand_user(_LIST.value, UserError)
+  if not path.absolute().parent.is_dir():
     raise UserError(
-      f"--{name}={path}", f"no folder {folder}", "one", "make it first"
+      f"--list={_LIST.value}",
+      f"no folder {path.absolute().parent}",
+      "one",
+      "make it first",
     )
+  return path
 
 
 class _Doctor:
@@ -124,15 +134,30 @@ def _packages() -> Iterator[Finding]:
   yield from _import("health.versions").check()
 
 
-def _devices() -> Iterator[Finding]:
-  yield from _import("health.machine").devices()
+def _devices(found: list[Any]) -> Iterator[Finding]:
+  finding, devices = _import("health.machine").devices()
+  found += devices
+  yield finding
 
 
-def _memory(plan: tuple[Config, ...]) -> Iterator[Finding]:
-  yield _import("health.machine").memory(plan)
+def _plan(scratch: str, plan: list[Config]) -> Iterator[Finding]:
+  """The phases as training resolves them, which may write to `scratch`."""
+  if _WORKDIR.value and files.expand_user(_WORKDIR.value).is_dir():
+    for path in files.expand_user(_WORKDIR.value).absolute().iterdir():
+      pathlib.Path(scratch, path.name).symlink_to(path)
+  if _CONFIG.value is not None:
+    plan += _import("assemble").plan(_CONFIG.value, scratch)
+  yield from ()
 
 
-def _disk(plan: tuple[Config, ...]) -> Iterator[Finding]:
+def _memory(plan: list[Config], devices: list[Any]) -> Iterator[Finding]:
+  if plan:
+    yield from _import("health.training_memory").check(plan, devices)
+  else:
+    yield _import("health.machine").host_memory({})
+
+
+def _disk(plan: list[Config]) -> Iterator[Finding]:
   """Sizes of the models, and of the disk that their checkpoints go to."""
   sizes = []
   for config in plan:
@@ -169,46 +194,49 @@ def _checkpoints() -> Iterator[Finding]:
     yield from checkpoints.check(path, _THOROUGH.value)
 
 
-def _data(plan: tuple[Config, ...]) -> Iterator[Finding | str]:
-  """Each data set once, however many phases train on it."""
+def _phases(
+  plan: list[Config], scratch: str, made: list[Any]
+) -> Iterator[Finding]:
+  """What each phase starts from and is taught by, as training finds it."""
   if not plan:
     return
+  for phase in _import("assemble").make_phases(plan, pathlib.Path(scratch)):
+    made.append(phase)
+    config, training = phase.config, phase.config.training
+    start = config.init_from.replace(scratch, str(_WORKDIR.value))
+    found = start or "nothing, so all parameters are random"
+    if training.distill_weight:
+      found += f"; its teacher is {training.teacher}"
+    yield Finding(f"start of {config.name}", found)
+
+
+def _data(
+  made: list[Any], listed: pathlib.Path | None
+) -> Iterator[Finding | str]:
+  """Each data set once, however many phases train on it."""
+  if not made:
+    return
   data = _import("health.data")
-  seen, surveys = set(), {}
-  for config in plan:
+  seen, wrong = set(), []
+  for phase in made:
+    config, stream = phase.config, phase.model.stream
     key = (config.data, config.prompt, config.model.vision)
     if key in seen:
       continue
     seen.add(key)
-    surveys[config] = found = _survey(data, config)
+    sample = len(phase.source) if _THOROUGH.value else data.SAMPLE
+    found = data.survey(
+      phase.source,
+      phase.tokenizer,
+      config,
+      (stream.start, stream.stride),
+      sample,
+    )
+    wrong += found.wrong
     yield from data.findings(found, config)
     yield from data.histogram(found.lengths, config.data.max_text_length)
-  if _LIST.value:
-    lines = [one_line(x) for found in surveys.values() for x in found.wrong]
-    path = files.expand_user(_LIST.value, UserError)
-    files.write_atomic(path, "".join(f"{line}\n" for line in lines))
-  if _PLOT.value:
-    path = files.expand_user(_PLOT.value, UserError)
-    with files.storage(path):
-      data.plot(surveys, path)
-
-
-def _survey(data: Any, config: Config) -> Any:
-  """Opens the data of a phase as training does, and goes through it."""
-  assemble, sources = _import("assemble"), _import("data.sources")
-  source = sources.make_source(config.data, config.data.train_split)
-  with tempfile.TemporaryDirectory() as folder:
-    # Training may have to make a tokenizer, and leaves it in its workdir.
-    workdir = pathlib.Path(_WORKDIR.value or folder)
-    if not (workdir / "tokenizer").is_dir():
-      workdir = pathlib.Path(folder)
-    tokenizer = assemble.tokenizer_for(config, source, workdir)
-  # Raises if their vocabularies do not agree.
-  stream = assemble.make_model(config, tokenizer).stream
-  sample = len(source) if _THOROUGH.value else data.SAMPLE
-  return data.survey(
-    source, tokenizer, config, (stream.start, stream.stride), sample
-  )
+  if listed:
+    files.write_atomic(listed, "".join(f"{one_line(x)}\n" for x in wrong))
 
 
 if __name__ == "__main__":

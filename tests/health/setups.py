@@ -17,6 +17,16 @@ def config_of(folder, name="one.py", **changes):
   )
 
 
+def changed(config, **changes):
+  """`optimizer__name="lion"` and the like."""
+  for key, value in changes.items():
+    group, _, name = key.rpartition("__")
+    if group:
+      name, value = group, changed(getattr(config, group), **{name: value})
+    config = dataclasses.replace(config, **{name: value})
+  return config
+
+
 def python(*arguments, cwd=runs.ROOT, **env):
   return subprocess.run(
     [sys.executable, *arguments],

@@ -19,7 +19,6 @@ def test_nothing_wrong(folder, tmp_path):
     f"--workdir={folder}/run",
     f"--checkpoint={folder}/run/voco/checkpoints/3",
     f"--list={tmp_path}/list.txt",
-    f"--plot={tmp_path}/plot.png",
   )
   found = process.stdout.splitlines()
   assert process.returncode == 0, process.stdout + process.stderr
@@ -35,6 +34,7 @@ def test_nothing_wrong(folder, tmp_path):
     f"{steps}/3",
     f"{steps}/3",
     f"{steps}/5",
+    "start of voco",
     "data of voco, records",
     "data of voco, text",
   ]
@@ -42,7 +42,6 @@ def test_nothing_wrong(folder, tmp_path):
   assert "Traceback" not in process.stderr
   assert re.search(r"24/24 \[.*record/s\]", process.stderr)  # rate and time
   assert (tmp_path / "list.txt").read_text() == ""
-  assert (tmp_path / "plot.png").stat().st_size > 10_000
   assert sorted(folder.rglob("*")) == before
 
 
@@ -77,6 +76,8 @@ def test_all_of_it_broken(folder, tmp_path):
   patterns = (
     r"package grain: found 0.1.0, vocojax needs <0.3,>=0.2.18: error: .* -m "
     r"pip install 'grain<0.3,>=0.2.18'",
+    r"host memory: .* free of .*, a run takes about \S+ GiB \(.*trained "
+    r"parameters \S+ GiB.*\): error: end other programs, .*",
     rf"disk of {tmp_path}/run: \S+ GiB free, the checkpoints of this run take "
     r"up to \S+ GiB: error: free some space, .*",
     rf"checkpoint {steps}/5: got no optimizer, expected all items: error: copy "
@@ -91,9 +92,50 @@ def test_all_of_it_broken(folder, tmp_path):
   assert len(wrong) == len(patterns), process.stdout + process.stderr
   for pattern, line in zip(patterns, wrong, strict=True):
     assert re.fullmatch(pattern, line), line
-  assert process.stdout.splitlines()[-1] == "5 errors, 1 warning"
+  assert process.stdout.splitlines()[-1] == "6 errors, 1 warning"
   (listed,) = (tmp_path / "list.txt").read_text().splitlines()
   assert listed.startswith(f"record r0: {images}/0.png: got no such file")
+
+
+@pytest.mark.parametrize(
+  ("changes", "line"),
+  [
+    (
+      ["init_from=FOLDER/nowhere"],
+      "config: error: config.init_from: FOLDER/nowhere: got .*",
+    ),
+    (
+      ["init_from=FOLDER/run/voco", "model.llm.hidden_size=32"],
+      r"config: error: config.model.llm.hidden_size: got 32, expected 16, as "
+      r"config.init_from \(FOLDER/run/voco\) has it. Fix: .*",
+    ),
+    (
+      ["optimizer.freeze=('^vision/',)"],
+      "training: error: config.init_from: got '', which lacks vision/.* and "
+      r"\d+ more parameters, expected .*",
+    ),
+    (
+      ["init_from=FOLDER/run/voco", "optimizer.freeze=('^vision/',)"],
+      "start of voco: FOLDER/run/voco: OK",
+    ),
+    (
+      ["training.distill_weight=1.0", "training.teacher=FOLDER/run/voco"],
+      "training: error: config.training.teacher: got FOLDER/run/voco, trained "
+      "with config.model.compressor.name 'voco', expected .* 'full'.*",
+    ),
+  ],
+)
+def test_what_a_run_starts_from(folder, changes, line):
+  process = python(
+    "-m",
+    "vocojax.doctor",
+    f"--config={folder}/one.py",
+    *(f"--config.{x.replace('FOLDER', str(folder))}" for x in changes),
+  )
+  line = line.replace("FOLDER", re.escape(str(folder)))
+  found = process.stdout.splitlines()
+  assert any(re.fullmatch(line, x) for x in found), process.stdout
+  assert process.returncode == ("error" in line), process.stderr
 
 
 def test_broken_json(folder, tmp_path):
@@ -111,8 +153,8 @@ def test_broken_json(folder, tmp_path):
   found = process.stdout.splitlines()
   assert found[-3] == f"checkpoints: none yet in {tmp_path}/run: OK"
   assert re.match(
-    rf"data: error: {tmp_path}/data.json: got .* at byte \d+, .*, expected a "
-    "JSON list of records, or one record a line. Fix: ",
+    rf"training: error: {tmp_path}/data.json: got .* at byte \d+, .*, expected "
+    "a JSON list of records, or one record a line. Fix: ",
     found[-2],
   )
   assert found[-1] == "1 error, 0 warnings"
@@ -137,7 +179,7 @@ def test_jax_cannot_be_imported(folder, tmp_path):
     "devices: JAX does not start (AttributeError: no jaxlib): error: "
   )
   names = [line.partition(":")[0] for line in errors]
-  assert names == ["devices", "disk", "checkpoints", "data"]
+  assert names == ["devices", "config", "checkpoints"]
   for line in errors[1:]:
     assert re.search(
       r": error: vocojax\.\S+: got AttributeError: no jaxlib, expected a "
@@ -151,8 +193,8 @@ def test_jax_cannot_be_imported(folder, tmp_path):
   ("arguments", "message"),
   [
     (
-      ["--plot=x.png"],
-      "--plot: got no --config, expected one, which names the data. Fix: ",
+      ["--list=x.txt"],
+      "--list: got no --config, expected one, which names the data. Fix: ",
     ),
     (["--config.seed=1"], "--config: got nothing, expected --config=VALUE. "),
     (["--config=none.py"], "--config=none.py: got no such file, expected "),

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import matplotlib.image
 import numpy as np
 import pytest
 from PIL import Image
@@ -254,7 +253,7 @@ def test_conversations_that_are_left_out(folder):
   assert (found.empty, laid) == (["record r2", "record r3"], [2, 2, 0, 0])
 
 
-def test_no_record_can_be_used(folder, tmp_path):
+def test_no_record_can_be_used(folder):
   (folder / "bad.json").write_text('[1, {"id": "a"}]')
   config = config_of(folder, path=str(folder / "bad.json"))
   found = survey(config)
@@ -262,7 +261,6 @@ def test_no_record_can_be_used(folder, tmp_path):
   assert (bad.check, bad.found) == ("data of voco, bad records", "2")
   assert records.found.startswith("0 of 2 can be trained on")
   assert list(data.histogram(found.lengths, 24)) == []
-  data.plot({config: found}, tmp_path / "plot.png")
 
 
 def test_histogram():
@@ -294,18 +292,3 @@ def test_histogram_with_a_long_tail():
   ]
   counts = [int(line.split("<-")[0].split()[-1]) for line in lines]
   assert counts == [100] * 12 + [2]
-
-
-def test_plot(folder, tmp_path):
-  config = config_of(folder)
-  found = survey(config)
-  other = dataclasses.replace(config, name="other")
-  data.plot({config: found}, tmp_path / "one.png")
-  data.plot({config: found, other: found}, tmp_path / "two.png")
-  one = matplotlib.image.imread(tmp_path / "one.png")
-  two = matplotlib.image.imread(tmp_path / "two.png")
-  assert one.shape == (540, 1350, 4)
-  assert two.shape == (990, 1350, 4)
-  for picture in (one, two):
-    red = np.all(np.abs(picture[..., :3] - (0.753, 0.149, 0.122)) < 0.01, -1)
-    assert red.any(1).mean() > 0.4  # the line where a row ends

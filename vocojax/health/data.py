@@ -10,7 +10,7 @@ import dataclasses
 import math
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 import tqdm
@@ -21,7 +21,6 @@ from vocojax.data import images, pipeline, prompt
 from vocojax.data.rows import with_system
 from vocojax.data.sources import ODD, Record, Source, record_border
 from vocojax.errors import DataError, OddRecord
-from vocojax.evals import plots
 from vocojax.health.findings import Finding, count
 
 _BINS, _BAR = 12, 40  # of the histogram: bins, characters
@@ -295,24 +294,3 @@ def histogram(lengths: list[int], limit: int) -> Iterator[str]:
     inside = start <= limit and (last or limit < stop)
     mark = f"  <- a row ends at {limit:,}" if inside else ""
     yield f"  {label:>17} {bar:<{_BAR}} {number:,}{mark}"
-
-
-def plot(surveys: Mapping[Config, Survey], path: pathlib.Path) -> None:
-  """Draws the lengths of conversations as a PNG file, a panel a data set."""
-  figure = plots.new_figure(0.6 + 3.0 * len(surveys))
-  panels = figure.subplots(len(surveys), squeeze=False)[:, 0]
-  for axes, (config, found) in zip(panels, surveys.items(), strict=True):
-    limit, lengths = config.data.max_text_length, np.array(found.lengths)
-    axes.hist(lengths, bins=60, color=plots.BLUE)
-    axes.axvline(limit, color=plots.RED)
-    if found.lengths:
-      axes.set_yscale("log")
-    axes.set_ylabel("conversations")
-    axes.set_title(
-      f"phase {config.name}: {count(len(lengths), 'conversation')}; a row has "
-      f"{limit:,} tokens (red), {int((lengths > limit).sum()):,} are longer",
-      parse_math=False,
-    )
-    axes.spines[["top", "right"]].set_visible(False)
-  panels[-1].set_xlabel("tokens of a conversation")
-  figure.savefig(path)

@@ -1,17 +1,16 @@
 """Devices, memory and disk. Read next: checkpoints.py."""
 
 import collections
+import dataclasses
 import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import psutil
 
-from vocojax.config import Config
 from vocojax.core import files
 from vocojax.health.findings import Finding, size
 
@@ -32,12 +31,28 @@ _FILES = (
   ("vfio/[0-9]*", "a TPU", "tpu"),
 )
 _CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
-_SPARE = 2**30  # bytes that something else may need meanwhile
+_SPARE = 2**30  # bytes of a disk that something else may need meanwhile
+_MARGIN = 1.15  # how far an estimate of memory may be off
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """A device as JAX sees it.
+
+  Attributes:
+    platform: 'cpu', 'gpu' or 'tpu'.
+    kind: its name.
+    memory: bytes that a program may use of its own; 0 is the host's.
+  """
+
+  platform: str
+  kind: str
+  memory: int
 
 
 def devices(
   dev: pathlib.Path = pathlib.Path("/dev"), timeout: float = PROBE_SECONDS
-) -> Iterator[Finding]:
+) -> tuple[Finding, list[Device]]:
   """What JAX computes on, and whether it misses what is in the machine."""
   try:
     process = subprocess.run(
@@ -49,34 +64,34 @@ def devices(
       check=False,
     )
   except subprocess.TimeoutExpired:
-    yield Finding(
+    finding = Finding(
       "devices",
       f"JAX did not start in {timeout:g} s",
       "error",
       "end other programs that use the accelerator; on a TPU slice of several "
       "hosts start this on all of them at once (--worker=all)",
     )
-    return
+    return finding, []
   if process.returncode:
     said = process.stderr.strip().splitlines() or ["no message"]
     asked = os.environ.get("JAX_PLATFORMS")
-    yield Finding(
+    finding = Finding(
       "devices",
       f"JAX does not start ({said[-1][:300]})",
       "error",
       "correct the packages named above or the driver"
       + (f", or unset JAX_PLATFORMS, which is {asked!r}" if asked else ""),
     )
-    return
-  found = [tuple(d) for d in json.loads(process.stdout.splitlines()[-1])]
+    return finding, []
+  found = [Device(*d) for d in json.loads(process.stdout.splitlines()[-1])]
   described = ", ".join(
-    f"{number} x {kind} ({platform}{f', {size(limit)} each' if limit else ''})"
-    for (platform, kind, limit), number in collections.Counter(found).items()
+    f"{n} x {d.kind} ({d.platform}"
+    f"{f', {size(d.memory)} each' if d.memory else ''})"
+    for d, n in collections.Counter(found).items()
   )
-  if any(platform != "cpu" for platform, _, _ in found):
-    yield Finding("devices", described)
-  else:
-    yield _cpu_only(described, dev)
+  if any(d.platform != "cpu" for d in found):
+    return Finding("devices", described), found
+  return _cpu_only(described, dev), found
 
 
 def _cpu_only(described: str, dev: pathlib.Path) -> Finding:
@@ -98,8 +113,8 @@ def _cpu_only(described: str, dev: pathlib.Path) -> Finding:
   return Finding("devices", described)
 
 
-def memory(configs: tuple[Config, ...] = ()) -> Finding:
-  """Free memory of the host, against the batches that wait in it."""
+def host_memory(uses: dict[str, int]) -> Finding:
+  """Free memory of the host, against what a run needs of it, by use."""
   machine = psutil.virtual_memory()
   total, free = machine.total, machine.available
   if _CGROUP.is_file() and (limit := _CGROUP.read_text().strip()) != "max":
@@ -109,24 +124,26 @@ def memory(configs: tuple[Config, ...] = ()) -> Finding:
     # Files that were read lately, which make way for programs.
     used -= int(dict(map(str.split, lines)).get("inactive_file", 0))
     free = min(free, max(0, total - used))
-  needed = max(map(_waiting_batches, configs), default=0)
   found = f"{size(free)} free of {size(total)}"
+  return fits("host memory", found, uses, free)
+
+
+def fits(check: str, found: str, uses: dict[str, int], free: int) -> Finding:
+  """An error where memory does not suffice, a warning where it is close."""
+  needed = sum(uses.values())
   if needed:
-    found += f", {size(needed)} for batches that are prepared ahead"
-  if free >= needed + _SPARE:
-    return Finding("host memory", found)
+    parts = ", ".join(f"{use} {size(n)}" for use, n in uses.items() if n)
+    found += f", a run takes about {size(needed)} ({parts})"
+  if free >= needed * _MARGIN:
+    return Finding(check, found)
   return Finding(
-    "host memory",
+    check,
     found,
     "error" if free < needed else "warning",
-    "end other programs, or lower config.data.prefetch_batches",
+    "end other programs, use more devices or larger ones with config.mesh.fsdp "
+    "-1, raise config.training.accumulate, lower config.data.batch_size or "
+    "config.data.max_text_length, or set config.model.remat to 'full'",
   )
-
-
-def _waiting_batches(config: Config) -> int:
-  data, side = config.data, config.model.vision.image_size
-  row = data.max_images * side * side * 3 + 4 * 4 * data.max_text_length
-  return row * data.batch_size * (data.prefetch_batches + 1)
 
 
 def disk(workdir: pathlib.Path, needed: int = 0) -> Finding:

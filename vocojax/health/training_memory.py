@@ -1,4 +1,4 @@
-"""Memory of a device at the peak of a training step. Next: machine.py.
+"""Memory of a run, at the peak of a training step. Read next: machine.py.
 
 What a step is called with is exact: the shapes that `vocojax.aot` compiles. The
 rest is arithmetic, with factors fitted to what compiled steps take and to runs
@@ -6,17 +6,56 @@ on CPU; the tests hold both. A, K, F, T, D, H, P, G and M are those of vlm.py
 and llama.py.
 """
 
+from collections.abc import Iterator, Sequence
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vocojax.ahead import programs
 from vocojax.config import Config
+from vocojax.health import machine
+from vocojax.health.findings import Finding, size
 from vocojax.models import precision
-from vocojax.training import state
+from vocojax.training import sharding, state
 
-# On CPU also that of the compiler and its programs.
-_PROGRAM = 2**29
+COMPILER = 2**29  # bytes of a host: the compiler and its programs
+
+
+def check(
+  plan: Sequence[Config], devices: Sequence[machine.Device]
+) -> Iterator[Finding]:
+  """A line for the devices of each phase, and one for the host.
+
+  Args:
+    plan: the phases.
+    devices: what they run on; as many are in this process, of any kind.
+
+  Raises:
+    ConfigError: as `estimate`.
+  """
+  host: dict[str, int] = {}
+  for config in plan if devices else ():
+    mesh, memory = sharding.make_mesh(config.mesh), devices[0].memory
+    uses = estimate(config, mesh, devices[0].platform)
+    data = config.data
+    batches = data.batch_size * (data.prefetch_batches + 1) * _row_bytes(config)
+    needed = {"batches ahead": batches, "compiler": COMPILER}
+    if memory:
+      name = f"memory of each device, phase {config.name}"
+      yield machine.fits(name, size(memory), uses, memory)
+      held = ("trained parameters", "frozen parameters", "optimiser state")
+      saved = sum(uses[use] for use in held) * len(devices)
+      needed["a checkpoint to be written"] = saved
+    else:
+      needed |= {use: n * len(devices) for use, n in uses.items()}
+    host = max(host, needed, key=lambda uses: sum(uses.values()))
+  yield machine.host_memory(host)
+
+
+def _row_bytes(config: Config) -> int:
+  data, side = config.data, config.model.vision.image_size
+  return data.max_images * side * side * 3 + 4 * 4 * data.max_text_length
 
 
 def estimate(config: Config, mesh: Mesh, platform: str) -> dict[str, int]:
@@ -28,22 +67,22 @@ def estimate(config: Config, mesh: Mesh, platform: str) -> dict[str, int]:
     platform: of these: 'cpu', 'gpu' or 'tpu'.
 
   Raises:
-    ConfigError: the mesh does not fit the model.
+    ConfigError: the mesh does not fit the model or the batch.
   """
+  accumulate = config.training.accumulate
+  sharding.check_batch(mesh, config.data.batch_size, accumulate)
   [program] = programs.train(config, mesh)
   model, llm, on_cpu = config.model, config.model.llm, platform == "cpu"
-  accumulate = config.training.accumulate
   fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
   shards = fsdp * tensor
-  rows = -(-config.data.batch_size // (mesh.size // tensor * accumulate))
+  rows = config.data.batch_size // (mesh.size // tensor * accumulate)
   trained = program.arguments["trained parameters"]
   float32 = 4 * sum(x.size for x in jax.tree.leaves(trained)) // shards
   slots = jax.eval_shape(lambda p: precision.slots(p, model.dtype), trained)
   gradients = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(slots))
   # XLA on CPU has no bfloat16, and updates beside the gradients.
   gradients = 2 * float32 if on_cpu else gradients // shards
-  if accumulate > 1:
-    gradients += float32
+  gradients += float32 * ((accumulate > 1) + (config.optimizer.name == "muon"))
   width = jnp.dtype(model.dtype).itemsize
   D, M = llm.hidden_size, llm.intermediate_size
   HP, GP = (
@@ -60,7 +99,7 @@ def estimate(config: Config, mesh: Mesh, platform: str) -> dict[str, int]:
   return program.argument_bytes | {
     "gradients": gradients,
     "activations": saved,
-    "temporaries": copies + max(gathered + layer, head) + on_cpu * _PROGRAM,
+    "temporaries": copies + max(gathered + layer, head),
   }
 
 

@@ -132,7 +132,9 @@ def check(phase: Phase, earlier: Sequence[Phase] = ()) -> None:
       other.config,
       other.tokenizer,
       lambda abstract, _: sorted(state.flatten(abstract).keys() - has),
-      lambda *wanted: phase.open_start(path, layout).load(*wanted),
+      lambda abstract, model: phase.open_start(path, layout).load(
+        abstract, model
+      ),
     )
 
   _open_teacher(dataclasses.replace(phase, open_start=open_start))

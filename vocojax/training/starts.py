@@ -1,6 +1,7 @@
 """What a phase starts from, or is taught by. Read next: `loop.py`."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import transformers
@@ -46,6 +47,6 @@ def from_checkpoint(path: str, layout: str = "") -> Start:
     path,
     loaded.config,
     loaded.tokenizer,
-    lambda *wanted: checkpoint.missing_params(path, *wanted),
-    lambda *wanted: checkpoint.load_params(path, *wanted),
+    functools.partial(checkpoint.missing_params, path),
+    functools.partial(checkpoint.load_params, path),
   )
