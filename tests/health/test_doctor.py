@@ -77,7 +77,7 @@ def test_all_of_it_broken(folder, tmp_path):
     r"package grain: found 0.1.0, vocojax needs <0.3,>=0.2.18: error: .* -m "
     r"pip install 'grain<0.3,>=0.2.18'",
     r"host memory: .* free of .*, a run takes about \S+ GiB \(.*trained "
-    r"parameters \S+ GiB.*\): error: end other programs, .*",
+    r"parameters \S+ GiB.*\): error: use more devices or larger .*",
     rf"disk of {tmp_path}/run: \S+ GiB free, the checkpoints of this run take "
     r"up to \S+ GiB: error: free some space, .*",
     rf"checkpoint {steps}/5: got no optimizer, expected all items: error: copy "

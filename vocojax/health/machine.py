@@ -33,6 +33,17 @@ _FILES = (
 _CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
 _SPARE = 2**30  # bytes of a disk that something else may need meanwhile
 _MARGIN = 1.15  # how far an estimate of memory may be off
+# Uses that can be made less, and how.
+_FEWER_ROWS = (
+  "raise config.training.accumulate, lower config.data.batch_size or "
+  "config.data.max_text_length, or set config.model.remat to 'full'"
+)
+_REMEDIES = {
+  "activations": _FEWER_ROWS,
+  "temporaries": _FEWER_ROWS,
+  "batches ahead": "lower config.data.prefetch_batches",
+  "a checkpoint to be written": "use a host with more memory, or more hosts",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,14 +147,11 @@ def fits(check: str, found: str, uses: dict[str, int], free: int) -> Finding:
     found += f", a run takes about {size(needed)} ({parts})"
   if free >= needed * _MARGIN:
     return Finding(check, found)
-  return Finding(
-    check,
-    found,
-    "error" if free < needed else "warning",
-    "end other programs, use more devices or larger ones with config.mesh.fsdp "
-    "-1, raise config.training.accumulate, lower config.data.batch_size or "
-    "config.data.max_text_length, or set config.model.remat to 'full'",
-  )
+  remedy = "use more devices or larger ones, with config.mesh.fsdp -1"
+  less = {use: n for use, n in uses.items() if use in _REMEDIES}
+  if needed - sum(less.values()) < free:
+    remedy = _REMEDIES[max(less, key=lambda use: less[use])]
+  return Finding(check, found, "error" if free < needed else "warning", remedy)
 
 
 def disk(workdir: pathlib.Path, needed: int = 0) -> Finding:
