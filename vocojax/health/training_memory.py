@@ -69,63 +69,45 @@ def estimate(config: Config, mesh: Mesh, platform: str) -> dict[str, int]:
   Raises:
     ConfigError: the mesh does not fit the model or the batch.
   """
-  accumulate = config.training.accumulate
-  sharding.check_batch(mesh, config.data.batch_size, accumulate)
+  model, data = config.model, config.data
+  accumulate, on_cpu = config.training.accumulate, platform == "cpu"
+  sharding.check_batch(mesh, data.batch_size, accumulate)
   [program] = programs.train(config, mesh)
-  model, llm, on_cpu = config.model, config.model.llm, platform == "cpu"
   fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-  shards = fsdp * tensor
-  rows = config.data.batch_size // (mesh.size // tensor * accumulate)
   trained = program.arguments["trained parameters"]
-  float32 = 4 * sum(x.size for x in jax.tree.leaves(trained)) // shards
+  float32 = 4 * sum(x.size for x in jax.tree.leaves(trained)) // (fsdp * tensor)
   slots = jax.eval_shape(lambda p: precision.slots(p, model.dtype), trained)
-  gradients = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(slots))
-  # XLA on CPU has no bfloat16, and updates beside the gradients.
-  gradients = 2 * float32 if on_cpu else gradients // shards
+  gradients = programs.device_bytes(slots) // (fsdp * tensor)
+  if on_cpu:  # it has no bfloat16, and updates beside the gradients
+    gradients = 2 * float32
   gradients += float32 * ((accumulate > 1) + (config.optimizer.name == "muon"))
-  width = jnp.dtype(model.dtype).itemsize
-  D, M = llm.hidden_size, llm.intermediate_size
-  HP, GP = (
-    n * llm.head_dim for n in (llm.num_attention_heads, llm.num_key_value_heads)
-  )
-  weights = width * D * (2 * HP + 2 * GP + 3 * M) // tensor  # of a layer
-  gathered = 2 * weights if fsdp > 1 else 0
-  copies = 0
-  if not on_cpu and model.scan_layers and model.dtype != model.param_dtype:
-    copies = llm.num_hidden_layers * weights // fsdp
-  layer, saved = _activations(config, rows, tensor, on_cpu, platform == "tpu")
-  vocabulary = min(model.logits_chunk, llm.padded_vocab_size)
-  head = 3 * 4 * rows * config.data.max_text_length * vocabulary
-  return program.argument_bytes | {
-    "gradients": gradients,
-    "activations": saved,
-    "temporaries": copies + max(gathered + layer, head),
-  }
 
-
-def _activations(
-  config: Config, rows: int, tensor: int, on_cpu: bool, on_tpu: bool
-) -> tuple[int, int]:
-  """Bytes of the backward pass of a layer, and of what the others keep."""
-  model, llm, vision = config.model, config.model.llm, config.model.vision
-  F, T = config.data.max_images, config.data.max_text_length
-  stream, H = programs.make_model(config).stream, llm.num_attention_heads
-  A, K, D, M = (
-    stream.length,
-    len(stream.visible),
-    llm.hidden_size,
-    llm.intermediate_size,
-  )
+  llm, width = model.llm, jnp.dtype(model.dtype).itemsize
+  D, M, H = llm.hidden_size, llm.intermediate_size, llm.num_attention_heads
   HP, GP = H * llm.head_dim, llm.num_key_value_heads * llm.head_dim
-  width, tokens = jnp.dtype(model.dtype).itemsize, rows * (F * A + T)
-  # Attention without a kernel that saves them: all on CPU, of text on GPU.
-  scores = 0 if on_tpu else T * (T // config.data.text_slots + F * K)
+  F, T = data.max_images, data.max_text_length
+  stream = programs.make_model(config).stream
+  A, K = stream.length, len(stream.visible)
+  rows = data.batch_size // (mesh.size // tensor * accumulate)
+  tokens = rows * (F * A + T)
+  # Of attention without a kernel that saves them: all on CPU, of text on GPU.
+  scores = 0 if platform == "tpu" else T * (T // data.text_slots + F * K)
   scores = rows * H * (scores + on_cpu * F * A * A // 2) // tensor
+  # The backward pass of one layer, whose weights are there as a whole.
   part = M if tensor > 1 else M // model.mlp_chunks
   layer = width * tokens * (4 * D + (4 * HP + 3 * GP + 5 * part) // tensor)
+  layer += 3 * 4 * scores
+  weights = width * D * (2 * HP + 2 * GP + 3 * M) // tensor
+  if fsdp > 1:
+    layer += 2 * weights
+  copies = 0  # of the stack, as it is read
+  if not on_cpu and model.scan_layers and model.dtype != model.param_dtype:
+    copies = llm.num_hidden_layers * weights // fsdp
+  chunk = min(model.logits_chunk, llm.padded_vocab_size)
+  head = 3 * 4 * rows * T * chunk
 
   def kept(D: int, HP: int, GP: int, M: int) -> int:
-    """Numbers of a token that a layer keeps."""
+    """Numbers of a token that a layer keeps for the backward pass."""
     if model.remat == "full":
       return D
     if model.remat == "dots":
@@ -135,7 +117,11 @@ def _activations(
   saved = tokens * kept(D, HP, GP, M) + (model.remat == "none") * scores
   saved *= llm.num_hidden_layers - 1
   if not state.matches("vision/layers/", config.optimizer.freeze):
-    D, M = vision.hidden_size, vision.intermediate_size
-    patches = rows * F * (vision.num_patches + 1) * vision.num_feature_layers
-    saved += patches * kept(D, D, D, M)
-  return layer + 12 * scores, width * saved
+    D, M = model.vision.hidden_size, model.vision.intermediate_size
+    patches = rows * F * (model.vision.num_patches + 1)
+    saved += patches * model.vision.num_feature_layers * kept(D, D, D, M)
+  return program.argument_bytes | {
+    "gradients": gradients,
+    "activations": width * saved,
+    "temporaries": copies + max(layer, head),
+  }
