@@ -8,6 +8,7 @@ closed vocabulary, `build_word_level` makes a tokenizer from the texts.
 import os
 import pathlib
 from collections.abc import Iterable
+from typing import Any
 
 import sentencepiece
 import tokenizers
@@ -76,7 +77,7 @@ def load_tokenizer(
   for path in sorted({*folder.glob("*token*"), *folder.glob("*.json")}):
     open_regular(path).close()
   try:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
       str(folder), local_files_only=True, trust_remote_code=False
     )
     tokenizer("a")  # which a setting of a wrong type does not survive
