@@ -49,16 +49,16 @@ def main() -> int:
   listed = _list_path()
   doctor = _Doctor()
   doctor.look("packages", _packages())
-  devices = []
+  devices: list[Any] = []
   doctor.look("devices", _devices(devices))
   # What else needs JAX leaves the accelerators alone, with as many devices.
-  os.environ["JAX_PLATFORMS"] = "cpu"
+  settings: dict[str, Any] = {"jax_platforms": "cpu"}
   if devices and devices[0].platform != "cpu":
-    os.environ["JAX_NUM_CPU_DEVICES"] = str(len(devices))
-  if jax := sys.modules.get("jax"):  # it has read the variables already
-    jax.config.update("jax_platforms", "cpu")
-    if devices and devices[0].platform != "cpu":
-      jax.config.update("jax_num_cpu_devices", len(devices))
+    settings["jax_num_cpu_devices"] = len(devices)
+  for name, value in settings.items():
+    os.environ[name.upper()] = str(value)
+    if jax := sys.modules.get("jax"):  # it has read the variables already
+      jax.config.update(name, value)
   with tempfile.TemporaryDirectory() as scratch:
     plan: list[Config] = []
     doctor.look("config", _plan(scratch, plan))
@@ -203,8 +203,9 @@ def _phases(
   for phase in _import("assemble").make_phases(plan, pathlib.Path(scratch)):
     made.append(phase)
     config, training = phase.config, phase.config.training
-    start = config.init_from.replace(scratch, str(_WORKDIR.value))
-    found = start or "nothing, so all parameters are random"
+    found = config.init_from or "nothing, so all parameters are random"
+    if pathlib.Path(found).parent == pathlib.Path(scratch):
+      found = f"phase {pathlib.Path(found).name}"
     if training.distill_weight:
       found += f"; its teacher is {training.teacher}"
     yield Finding(f"start of {config.name}", found)
