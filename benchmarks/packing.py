@@ -69,7 +69,7 @@ def open_data(
     max_text_length=row[0],
     max_images=row[1],
   )
-  return data, PromptConfig(), sources.make_source(data, "train")
+  return data, PromptConfig(), sources.llava_json(data.path, data.image_folder)
 
 
 def prepare(

@@ -312,7 +312,7 @@ def phase(
   config: Config, folder: pathlib.Path, sizes: tuple[int, ...] = ()
 ) -> loop.Phase:
   """What `vocojax.train` makes of a config, on a mesh of these sizes."""
-  source = make_source(config.data, config.data.train_split)
+  source = make_source(config, config.data.train_split)
   words = tokenizer.load_tokenizer(config.data.tokenizer)
   model = assemble.make_model(config, words)
   folder.mkdir(parents=True)

@@ -381,7 +381,7 @@ def test_answers_by_hand(folder, name):
     str(loaded.path), loop.abstract_params(model, runs.mesh()), model.config
   )
   assert not missing
-  source = make_source(config.data, "train[:20]")
+  source = make_source(config, "train[:20]")
   asked = [
     (source[i], words(source[i].conversations[0][0][0])["input_ids"])
     for i in range(20)

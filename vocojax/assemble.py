@@ -83,7 +83,7 @@ def plan(
     nowhere = phase.data.source == "llava_json" and not phase.data.path
     if workdir is None or nowhere:
       return phase.model.llm.vocab_size
-    source = make_source(phase.data, phase.data.train_split)
+    source = make_source(phase, phase.data.train_split)
     return len(tokenizer_for(phase, source, make_workdir(workdir)))
 
   def start_config(path: str, layout: str) -> Config:
@@ -111,7 +111,7 @@ def make_phases(
   """
   made: list[loop.Phase] = []
   for config in plan:
-    source = make_source(config.data, config.data.train_split)
+    source = make_source(config, config.data.train_split)
     if config.init_from or not made:
       start = None
       if config.init_from:
@@ -310,7 +310,7 @@ def evaluate(
     folder.mkdir(parents=True, exist_ok=True)
   with distributed.held(folder, f"evaluation-{name}"):
     model, params = load_model(loaded, config)
-    source = make_source(config.data, config.evaluation.split)
+    source = make_source(config, config.evaluation.split)
     found = answers.answer_questions(
       config, model, params, loaded.tokenizer, source, title, int8, adaptive
     )

@@ -41,8 +41,14 @@ _LATER = {
     "micro_batch_size",
     "on_changed_data",
     "on_long_text",
+    "weights",
   ),
-  "EvaluationConfig": ("adaptive_threshold",),
+  "EvaluationConfig": (
+    "adaptive_threshold",
+    "holdout",
+    "image_folder",
+    "path",
+  ),
   "RopeConfig": ("round_positions",),
   "TrainingConfig": ("distill_weight", "loss_mean", "teacher"),
 }
@@ -311,11 +317,17 @@ class DataConfig:
   # A data set of vocojax, or files in the format of LLaVA.
   source: Literal["easy_vqa", "grid_vqa", "llava_json"] = "llava_json"
   grid_size: int = 2  # grid_vqa: cells a side, 2 to 4
-  path: str = ""  # the JSON file; of the others the TFDS folder ('' default)
-  image_folder: str = ""  # image paths in the JSON are relative to it
+  # The JSON file, or several, separated by commas; of the other sources the
+  # TFDS folder ('' is its default).
+  path: str = ""
+  # Image paths in the JSON are relative to it; one for each file, or for all.
+  image_folder: str = ""
+  # Shares of an epoch that come of each file, in any unit; () takes every
+  # record once. An epoch is as many records as the files have together.
+  weights: tuple[float, ...] = ()
   # Folder of a Hugging Face tokenizer; '' is that of init_from.
   tokenizer: str = ""
-  train_split: str = "train"  # TFDS split name
+  train_split: str = "train"  # or a slice of it, such as 'train[:1000]'
   max_text_length: int = 2048 - 580  # tokens of a text row
   max_images: int = 1  # image slots of a text row
   conversations_per_record: int = 0  # sampled from those of a record; 0 all
@@ -356,6 +368,13 @@ class DataConfig:
       "micro_batch_size",
     )
     _not_negative(self, "data", "conversations_per_record num_workers")
+    if not all(weight > 0 for weight in self.weights):
+      raise ConfigError(
+        "config.data.weights",
+        str(self.weights),
+        "numbers above 0",
+        "leave out the files that are not to be trained on",
+      )
     if self.grid_size not in (2, 3, 4):
       raise ConfigError(
         "config.data.grid_size",
@@ -494,7 +513,14 @@ class MeshConfig:
 class EvaluationConfig:
   """Generation on held-out questions."""
 
-  split: str = "test"  # TFDS split name
+  # Of JSON files, 'test' is what path or holdout says.
+  split: str = "test"
+  path: str = ""  # JSON files to evaluate on, which are not trained on
+  image_folder: str = ""  # of these; '' is config.data.image_folder
+  # Share of the records of config.data.path that is evaluated on instead, and
+  # not trained on. A hash of a record's first image's name chooses, of its text
+  # if it has none, so records that come or move change nothing for the others.
+  holdout: float = 0.0
   batch_size: int = 64  # records at once
   max_new_tokens: int = 16  # answers are cut there
   max_records: int = 0  # 0 is all
@@ -513,6 +539,25 @@ class EvaluationConfig:
         "0 to 1, a total variation",
         "set 0.1, the default",
       )
+    if not 0 <= self.holdout < 1:
+      raise ConfigError(
+        "config.evaluation.holdout",
+        str(self.holdout),
+        "0, or a share of the records below 1",
+        "set 0.05, or 0 for none",
+      )
+    for key, value, useless in (
+      ("holdout", self.holdout, self.path),
+      ("image_folder", self.image_folder, not self.path),
+      ("split", self.split, self.path and not self.split.startswith("test")),
+    ):
+      if value and useless:
+        raise ConfigError(
+          f"config.evaluation.{key}",
+          f"{value!r} with config.evaluation.path {self.path!r}",
+          "a key that has an effect",
+          f"leave out config.evaluation.{key}, or change the path",
+        )
     _positive(self, "evaluation", "batch_size max_new_tokens")
     _not_negative(self, "evaluation", "max_records")
 

@@ -221,7 +221,7 @@ def _data(
   seen, wrong = set(), []
   for phase in made:
     config, stream = phase.config, phase.model.stream
-    key = (config.data, config.prompt, config.model.vision)
+    key = (config.data, config.evaluation, config.prompt, config.model.vision)
     if key in seen:
       continue
     seen.add(key)

@@ -82,7 +82,7 @@ def _pixels(config: Config) -> UInt8[np.ndarray, "n S S 3"]:
     paths = find_images(_IMAGES.value)[:SHOWN]
     processor = ImageProcessor(size, config.data.pad_to_square)
     return np.stack([processor(path) for path in paths])
-  source = make_source(config.data, config.evaluation.split)
+  source = make_source(config, config.evaluation.split)
   records = pipeline.eval_records(
     source, size, config.data, config.prompt.layout
   )
@@ -123,7 +123,7 @@ def _probe(loaded, model, params, out: pathlib.Path) -> None:
   """Fits probes to training images and tries them on held-out ones."""
   config = loaded.config
   splits = {
-    name: (make_source(config.data, split), limit)
+    name: (make_source(config, split), limit)
     for name, split, limit in (
       ("train", config.data.train_split, TRAIN),
       ("test", config.evaluation.split, TEST),

@@ -48,7 +48,7 @@ def _run_alone(plan: tuple[Config, ...], workdir: pathlib.Path) -> int:
   distributed.check_shared(workdir)
   if plan[-1].training.evaluate:
     # A mistake in it should not wait until everything is trained.
-    make_source(plan[-1].data, plan[-1].evaluation.split)
+    make_source(plan[-1], plan[-1].evaluation.split)
   made = list(assemble.make_phases(plan, workdir))
   for phase in made:
     try:

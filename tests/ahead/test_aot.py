@@ -293,7 +293,7 @@ def test_batch_is_that_of_the_pipeline(tmp_path, number):
   path = runs.write_config(tmp_path, "one.py", tail)
   (config,) = phases(load_module(str(path)))
   encoder = runs.phase(config, tmp_path / "run").encoder
-  source = make_source(config.data, config.data.train_split)
+  source = make_source(config, config.data.train_split)
   row = encoder(source[0], np.random.default_rng(0))
   batch = programs.abstract_batch(config, runs.mesh())
   assert {k: (x.shape, x.dtype) for k, x in batch.items()} == {

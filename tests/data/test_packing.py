@@ -232,7 +232,7 @@ def test_fill_on_a_mix_like_llavas(tmp_path):
   prompts = config_lib.PromptConfig()
   words = tokenizer.load_tokenizer(tmp_path / "tokenizer")
   encoder = rows.Encoder(words, prompts, data, 8)
-  source = sources.make_source(data, "train")
+  source = sources.llava_json(data.path, data.image_folder)
   records = [
     encoder.prepare(source[i], np.random.default_rng(0)) for i in range(800)
   ]

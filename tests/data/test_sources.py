@@ -411,7 +411,7 @@ def test_missing_files_say_how_to_get_them(tmp_path):
     ((own, ""), "config.data.image_folder", "nothing", "paths in data.json"),
     ((own, no), f"config.data.image_folder: {no}", None, "paths in data.json"),
     ((mix, ""), "config.data.image_folder", "nothing", "coco/train2017"),
-    ((own, tmp_path, "test"), str(own), "no split 'test'", "train_split"),
+    ((own, tmp_path, "test"), str(own), "no split 'test'", "holdout"),
     ((own, tmp_path, "train[1:]"), None, "no records in split 'train[1:]'", ""),
     (("~nobody-of-this-name/a", tmp_path), None, "a user that does not e", ""),
   ]:

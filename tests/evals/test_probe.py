@@ -165,7 +165,7 @@ def test_only_images_of_which_it_is_known_count():
 def test_read_is_the_state_of_each_image(tmp_path):
   config, model, params, _ = engines.setup(tmp_path, k=2)
   params = jax.tree.map(jnp.asarray, params)
-  source = make_source(config.data, "train[:6]")
+  source = make_source(config, "train[:6]")
   found = probe.read(config, model, params, source, 5)  # batches of 4
   assert len(found.labels) == len(found.voco) == len(found.mean_patch) == 5
   images = [

@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 
 def survey(config, **options):
-  source = make_source(config.data, config.data.train_split)
+  source = make_source(config, config.data.train_split)
   return data.survey(
     source, load_tokenizer(config.data.tokenizer), config, **options
   )
@@ -66,7 +66,7 @@ def encoder(config):
 def test_refuses_what_the_trainer_refuses(folder):
   """The same records, with the same words."""
   config = broken(folder)
-  source = make_source(config.data, "train")
+  source = make_source(config, "train")
   rng = np.random.default_rng(0)
   refused = []
   for i in range(len(source)):

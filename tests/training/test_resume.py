@@ -138,7 +138,7 @@ def next_batch(phase: pathlib.Path) -> pipeline.Batch:
   encoder = pipeline.Encoder(
     loaded.tokenizer, config.prompt, config.data, config.model.vision.image_size
   )
-  source = make_source(config.data, config.data.train_split)
+  source = make_source(config, config.data.train_split)
   iterator = iter(
     pipeline.train_dataset(
       source, encoder, config.data, config.seed, 0, 1, config.data.batch_size

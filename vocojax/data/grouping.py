@@ -1,6 +1,6 @@
-"""LLaVA's order of records, by images and length. Read next: pipeline.py.
+"""Orders of records: mixtures of files, LLaVA's order. Read next: pipeline.py.
 
-What LLaVA and VoCo-LLaMA train with as `group_by_modality_length`
+The latter is what LLaVA and VoCo-LLaMA train with as `group_by_modality_length`
 (llava_trainer.py, commit c121f04), for runs that are compared with theirs:
 records with and without images in batches of their own, and the text of a batch
 in equal shares on all devices of one host: each gets a micro-batch, a run of
@@ -9,12 +9,13 @@ nothing is saved: `packing.py` does that.
 """
 
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
 from vocojax.config import DataConfig
-from vocojax.data.sources import Source, record_border
+from vocojax.data.sources import Files, Source, record_border
 from vocojax.errors import DataError
 
 
@@ -100,33 +101,98 @@ def _chunked(indices, signed_lengths, num_chunks: int):
   return np.concatenate(chunks)
 
 
-class GroupedOrder:
+def mixture(
+  sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int
+) -> Int64[np.ndarray, " R"]:
+  """Indices of the records of one epoch of a mixture, file after file.
+
+  Each file is read on from where the epoch before left it, in an order that is
+  drawn anew whenever it begins again. So a small file may come several times in
+  an epoch, and of a large one all records come in the end.
+
+  Args:
+    sizes: records of each file.
+    weights: of each file; of the R records it gives its share, rounded.
+    seed: of the orders.
+    epoch: from 0.
+
+  Raises:
+    DataError: a file gives none.
+  """
+  ends = np.rint(np.cumsum(weights) / np.sum(weights) * sum(sizes))
+  counts = np.diff(ends.astype(np.int64), prepend=0).tolist()
+  if not all(sizes) or not all(counts):
+    raise DataError(
+      "config.data.weights",
+      f"{tuple(weights)}: {counts} of {list(sizes)} records an epoch",
+      "some of each file",
+      "leave out the files that have or give none",
+    )
+  found = []
+  for i, (size, count) in enumerate(zip(sizes, counts, strict=True)):
+    passes, at = np.divmod(np.arange(epoch * count, (epoch + 1) * count), size)
+    for n in np.unique(passes):
+      indices = np.random.default_rng([seed, i, n]).permutation(size)
+      found.append(sum(sizes[:i]) + indices[at[passes == n]])
+  return np.concatenate(found)
+
+
+class _EpochOrder:
   """Indices of records for ever, in an order that depends on the seed only.
 
-  A source for Grain. The last batch of an epoch is filled up with the first
-  records of the epoch, so that the batches of the next are whole again.
+  A source for Grain.
   """
 
-  def __init__(
-    self, source: Source, batch_size: int, micro_batch_size: int, seed: int
-  ):
-    self._signed_lengths = signed_lengths(source)
-    self._batch_size = batch_size
-    self._num_chunks = batch_size // micro_batch_size
+  def __init__(self, source: Source, data: DataConfig, seed: int):
+    self._sizes = source.sizes if isinstance(source, Files) else (len(source),)
+    self._weights = data.weights
     self._seed = seed
     self._epoch: tuple[int, np.ndarray] | None = None
+    self._rows = len(source)  # of an epoch
 
   def __len__(self) -> int:
     return sys.maxsize
 
   def __getitem__(self, index: int) -> int:
-    num_records = len(self._signed_lengths)
-    num_batches = -(-num_records // self._batch_size)
-    epoch, at = divmod(index, num_batches * self._batch_size)
+    epoch, at = divmod(index, self._rows)
     if self._epoch is None or self._epoch[0] != epoch:
+      records = np.arange(sum(self._sizes))
+      if self._weights:
+        records = mixture(self._sizes, self._weights, self._seed, epoch)
       rng = np.random.default_rng([self._seed, epoch])
-      found = order(
-        self._signed_lengths, self._batch_size, self._num_chunks, rng
+      self._epoch = (epoch, self._order(records, rng))
+    return int(self._epoch[1][at % len(self._epoch[1])])
+
+  def _order(self, records, rng: np.random.Generator):
+    raise NotImplementedError
+
+
+class MixedOrder(_EpochOrder):
+  """All records of a mixture's epoch, shuffled."""
+
+  def _order(self, records, rng):
+    return rng.permutation(records)
+
+
+class GroupedOrder(_EpochOrder):
+  """LLaVA's order.
+
+  The last batch of an epoch is filled up with the first records of the epoch,
+  so that the batches of the next are whole again.
+  """
+
+  def __init__(
+    self, source: Source, data: DataConfig, batch_size: int, seed: int
+  ):
+    super().__init__(source, data, seed)
+    self._signed_lengths = signed_lengths(source)
+    self._batch_size = batch_size
+    self._num_chunks = batch_size // data.micro_batch_size
+    self._rows = -(-len(source) // batch_size) * batch_size
+
+  def _order(self, records, rng):
+    return records[
+      order(
+        self._signed_lengths[records], self._batch_size, self._num_chunks, rng
       )
-      self._epoch = (epoch, found)
-    return int(self._epoch[1][at % num_records])
+    ]

@@ -114,12 +114,10 @@ def train_dataset(
   """
   batch_size = local_batch_size * shard_count
   if data.batching == "group_by_length":
-    order = grouping.GroupedOrder(
-      source, batch_size, data.micro_batch_size, _seed32(seed)
-    )
+    order = grouping.GroupedOrder(source, data, batch_size, _seed32(seed))
     indices = grain.MapDataset.source(order).seed(_seed32(seed))
   else:
-    indices = _shuffled(source, seed)
+    indices = _shuffled(source, data, seed)
   if data.batching == "pack":
     rows = packing.PackedRows(
       indices.random_map(_Prepare(source, encoder)),
@@ -155,7 +153,7 @@ def rows_per_epoch(
   if data.batching != "pack":
     return float(len(source))
   count = min(len(source), _SAMPLE)
-  prepared = _shuffled(source, seed).random_map(_Prepare(source, encoder))
+  prepared = _shuffled(source, data, seed).random_map(_Prepare(source, encoder))
   records = [
     x
     for x in map(prepared.__getitem__, range(count))
@@ -227,8 +225,11 @@ def _seed32(seed: int) -> int:
   return int.from_bytes(digest[:4], "little")
 
 
-def _shuffled(source: Source, seed: int) -> grain.MapDataset:
+def _shuffled(source: Source, data: DataConfig, seed: int) -> grain.MapDataset:
   """Indices of records for ever, each epoch in an order of its own."""
+  if data.weights:
+    order = grouping.MixedOrder(source, data, _seed32(seed))
+    return grain.MapDataset.source(order).seed(_seed32(seed))
   indices = grain.MapDataset.range(len(source))
   return indices.seed(_seed32(seed)).shuffle().repeat()
 

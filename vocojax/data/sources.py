@@ -19,12 +19,12 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 from absl import logging
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 
-from vocojax.config import DataConfig
+from vocojax.config import Config
 from vocojax.core import files
 from vocojax.data import prompt
-from vocojax.errors import DataError, OddRecord, UserError, shorten
+from vocojax.errors import ConfigError, DataError, OddRecord, UserError, shorten
 
 Turn = tuple[str, str]  # question, answer
 
@@ -116,30 +116,62 @@ def record_border(where: str) -> Iterator[None]:
     ) from e
 
 
-def make_source(data: DataConfig, split: str) -> Source:
+def make_source(config: Config, split: str) -> Source:
   """Opens the source that `config.data` names, at `split`.
 
-  A split may be sliced: 'train[:1000]', 'train[90%:]'.
+  A split may be sliced: 'train[:1000]', 'train[90%:]'. Of JSON files, 'test' is
+  those of `config.evaluation.path`, or else the records that
+  `config.evaluation.holdout` keeps from 'train'. Several files are one source,
+  in their order.
 
   Raises:
+    ConfigError: a key says something that this source cannot heed.
     DataError: a file or folder is missing, or the split is unknown or empty.
   """
+  data, evaluation = config.data, config.evaluation
+  if data.source == "llava_json":
+    if _is_test(split) and evaluation.path:
+      folder = evaluation.image_folder or data.image_folder
+      return _open_files("evaluation", evaluation.path, folder, split)
+    if data.weights and len(data.weights) != len(_names(data.path)):
+      raise ConfigError(
+        "config.data.weights",
+        f"{len(data.weights)} weights",
+        f"one for each of the {len(_names(data.path))} files of "
+        "config.data.path",
+        "write as many, or () for the sizes of the files",
+      )
+    return _open_files(
+      "data", data.path, data.image_folder, split, evaluation.holdout
+    )
+  for key, value in (
+    ("data.weights", data.weights),
+    ("evaluation.path", evaluation.path),
+    ("evaluation.holdout", evaluation.holdout),
+  ):
+    if value:
+      raise ConfigError(
+        f"config.{key}",
+        f"{value!r} with config.data.source {data.source!r}",
+        "'llava_json', the source of files",
+        "leave one of them out",
+      )
   if data.source == "easy_vqa":
     return easy_vqa(split, data.path)
-  if data.source == "grid_vqa":
-    return grid_vqa(data.grid_size, split, data.path)
-  return llava_json(data.path, data.image_folder, split)
+  return grid_vqa(data.grid_size, split, data.path)
 
 
-def identity(data: DataConfig) -> str:
-  """What tells the data of a config from any other.
+def identity(config: Config) -> str:
+  """What tells the training data of a config from any other.
 
-  Of a JSON file it is a hash of its bytes, about a second for each GiB, and
-  says nothing of the images; of a TFDS data set it is the name and version.
+  Of JSON files it is a hash of their bytes, about a second for each GiB, and
+  of how they are mixed and held out. It says nothing of the images. Of a TFDS
+  data set it is the name and version.
 
   Raises:
-    DataError: the file cannot be read.
+    DataError: a file cannot be read.
   """
+  data = config.data
   if data.source == "easy_vqa":
     from vocojax.data.tfds.easy_vqa import EasyVqa
 
@@ -149,8 +181,14 @@ def identity(data: DataConfig) -> str:
 
     size = data.grid_size
     return f"grid_vqa/{size}x{size}/{GridVqa.VERSION}"
-  with files.open_regular(files.expand_user(data.path)) as file:
-    return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+  digests = []
+  for path in _names(data.path):
+    with files.open_regular(files.expand_user(path)) as file:
+      digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+  used = (*digests, data.weights, config.evaluation.holdout)
+  if used == (digests[0], (), 0.0):
+    return f"sha256:{digests[0]}"
+  return f"sha256:{hashlib.sha256(repr(used).encode()).hexdigest()}"
 
 
 def easy_vqa(split: str, data_dir: str | os.PathLike = "") -> Source:
@@ -267,38 +305,87 @@ def llava_json(
     DataError: the file or folder is missing, the file is not such a list, or
       the split is unknown or empty. A bad entry raises when it is read.
   """
-  path = _given("config.data.path", path, f"set it; {_MIX_REMEDY}")
-  if not path.exists():
+  return _open_files("data", os.fspath(path), os.fspath(image_folder), split)
+
+
+class Files:
+  """Several JSON files, one after the other; ids begin with a file's name."""
+
+  def __init__(self, parts: dict[str, "_LlavaJson"]):
+    self._names, self._parts = list(parts), list(parts.values())
+    self.sizes = tuple(map(len, self._parts))
+    self._ends = np.cumsum(self.sizes)
+
+  def __len__(self) -> int:
+    return int(self._ends[-1])
+
+  def __getitem__(self, index: int) -> Record:
+    at = int(np.searchsorted(self._ends, index, "right"))
+    record = self._parts[at][index - int(self._ends[at])]
+    return dataclasses.replace(record, id=f"{self._names[at]}:{record.id}")
+
+
+def _open_files(
+  group: str, paths: str, folders: str, split: str, holdout: float = 0.0
+) -> Source:
+  """The JSON files of config.`group`, each with its folder of images."""
+  names, folder_names = _names(paths), _names(folders)
+  if len(names) == 1:
+    folder_names = [folders]
+  elif len(folder_names) == 1:
+    folder_names *= len(names)
+  elif len(folder_names) != len(names):
+    raise ConfigError(
+      f"config.{group}.image_folder",
+      f"{len(folder_names)} folders",
+      f"one for each of the {len(names)} files of config.{group}.path, or one "
+      "for all",
+      "write as many, separated by commas",
+    )
+  parts = {
+    name: _LlavaJson(name, folder, group)
+    for name, folder in zip(names, folder_names, strict=True)
+  }
+  if len(parts) < len(names):
+    raise ConfigError(
+      f"config.{group}.path", "a file twice", "each once", "leave one out"
+    )
+  held_out = _is_test(split)
+  if holdout:
+    for part in parts.values():
+      part.keep(part.held_out(holdout) == held_out)
+  elif held_out and group == "data":
     raise DataError(
-      f"config.data.path: {path}",
-      "no such file",
-      "a LLaVA-format JSON file",
-      _MIX_REMEDY if path.name == _MIX else "correct the path",
+      paths,
+      f"no split {split!r}",
+      "records that are held out",
+      "set config.evaluation.path to a file of them, or "
+      "config.evaluation.holdout to a share of the records before training; "
+      "'train' is what is trained on",
     )
-  remedy = (
-    _MIX_IMAGES
-    if path.name == _MIX
-    else (
-      f"set it to the folder that the image paths in {path.name} start from"
-    )
-  )
-  folder = _given("config.data.image_folder", image_folder, remedy)
-  if not folder.is_dir():
-    raise DataError(
-      f"config.data.image_folder: {folder}",
-      "no such folder",
-      "the folder of the images",
-      remedy,
-    )
-  spans = _record_spans(path)
-  chosen = _slice(len(spans), split, str(path))
+  count = sum(map(len, parts.values()))
+  chosen, start = _slice(count, split, paths), 0
   if not chosen:
-    raise _no_records(str(path), split)
-  return _LlavaJson(path, folder, spans[chosen.start : chosen.stop], chosen)
+    raise _no_records(paths, split)
+  for part in parts.values():
+    indices = np.arange(start, start := start + len(part))
+    part.keep((chosen.start <= indices) & (indices < chosen.stop))
+  return Files(parts) if len(parts) > 1 else next(iter(parts.values()))
 
 
-def _given(key: str, path: str | os.PathLike, fix: str) -> pathlib.Path:
-  if not os.fspath(path):
+def _is_test(split: str) -> bool:
+  return split.partition("[")[0] == "test"
+
+
+def _names(paths: str) -> list[str]:
+  """What commas separate; one file may have commas in its name."""
+  if "," not in paths or files.expand_user(paths).exists():
+    return [paths]
+  return [name.strip() for name in paths.split(",")]
+
+
+def _given(key: str, path: str, fix: str) -> pathlib.Path:
+  if not path:
     raise DataError(key, "nothing", "a path", fix)
   return files.expand_user(path)
 
@@ -306,24 +393,61 @@ def _given(key: str, path: str | os.PathLike, fix: str) -> pathlib.Path:
 class _LlavaJson:
   """Holds where each entry is, not the entries: workers get a copy of it."""
 
-  def __init__(
-    self,
-    path: pathlib.Path,
-    folder: pathlib.Path,
-    spans: Int64[np.ndarray, "R 2"],
-    indices: range,
-  ):
-    self._path = path
-    self._folder = folder
-    self._spans = spans
-    self._indices = indices
+  def __init__(self, path: str, image_folder: str, group: str):
+    key = f"config.{group}.path"
+    self._path = _given(key, path, f"set it; {_MIX_REMEDY}")
+    if not self._path.exists():
+      raise DataError(
+        f"{key}: {self._path}",
+        "no such file",
+        "a LLaVA-format JSON file",
+        _MIX_REMEDY if self._path.name == _MIX else "correct the path",
+      )
+    key = f"config.{group}.image_folder"
+    remedy = f"set it to the folder that the image paths in {self._path.name} "
+    remedy += "start from"
+    if self._path.name == _MIX:
+      remedy = _MIX_IMAGES
+    self._folder = _given(key, image_folder, remedy)
+    if not self._folder.is_dir():
+      raise DataError(
+        f"{key}: {self._folder}",
+        "no such folder",
+        "the folder of the images",
+        remedy,
+      )
+    self._spans = _record_spans(self._path)
+    self._numbers = np.arange(len(self._spans))
 
   def __len__(self) -> int:
     return len(self._spans)
 
+  def keep(self, kept: Bool[np.ndarray, " R"]) -> None:
+    """Leaves out all but these of the records."""
+    self._spans, self._numbers = self._spans[kept], self._numbers[kept]
+
+  def held_out(self, share: float) -> Bool[np.ndarray, " R"]:
+    """Which records to hold out: about this share, whatever the others are.
+
+    A hash of the name of a record's first image decides, of its text where it
+    has none, so no such image or text is on both sides.
+    """
+    data, found = files.read_bytes(self._path), []
+    for start, stop in self._spans.tolist():
+      key = data[start:stop]
+      with contextlib.suppress(ValueError, RecursionError, AttributeError):
+        entry = json.loads(key)
+        images = entry.get("image") or entry.get("images")
+        if isinstance(images, list):
+          images = images[0]
+        key = json.dumps(images or entry.get("conversations")).encode()
+      digest = hashlib.sha256(key).digest()
+      found.append(int.from_bytes(digest[:8]) < share * 2**64)
+    return np.array(found, bool)
+
   def __getitem__(self, index: int) -> Record:
     start, stop = map(int, self._spans[index])
-    number = self._indices[index]
+    number = self._numbers[index]
     where = f"{self._path} record {number}"
     with files.open_regular(self._path) as file:
       file.seek(start)
@@ -541,9 +665,9 @@ def _line_spans(text: str, at: int) -> Iterator[tuple[int, int]]:
 
 def _slice(count: int, split: str, where: str) -> range:
   """Indices of 'train', 'train[a:b]', with a and b numbers or percentages."""
-  match = re.fullmatch(r"train(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
+  match = re.fullmatch(r"(?:train|test)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
   if not match:
-    raise _no_split(where, split, "'train' or a slice of it")
+    raise _no_split(where, split, "'train', 'test', or a slice of one")
 
   def bound(text: str | None) -> int | None:
     if text is None:

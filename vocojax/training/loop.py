@@ -429,7 +429,7 @@ def _source(phase: Phase) -> dict[str, Any]:
   if jax.process_index() == 0:
     known = {
       "records": len(phase.source),
-      "identity": sources.identity(phase.config.data),
+      "identity": sources.identity(phase.config),
     }
   return distributed.gather(known)[0]
 
