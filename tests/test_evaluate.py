@@ -1,5 +1,6 @@
 """Evaluation after training, by its own program, and done slowly by hand."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -19,6 +20,7 @@ from vocojax import assemble
 from vocojax.data import pipeline
 from vocojax.data.sources import make_source
 from vocojax.errors import CheckpointError, UserError
+from vocojax.evals import collect
 from vocojax.models.vlm import VisionLanguageModel
 from vocojax.training import checkpoint, checksums, loop
 
@@ -100,6 +102,53 @@ def test_run_leaves_results(folder):
     )
 
 
+def test_other_records_by_the_program(folder, tmp_path):
+  """Another file, a slice; beside the first result, and named in tables."""
+  shutil.copytree(folder / "run", tmp_path / "copy")
+  entries = json.loads((folder / "data.json").read_text())
+  lines = [json.dumps(entry) for entry in entries[20:]]
+  (tmp_path / "other.jsonl").write_text("\n".join(lines))
+  workdir, data = tmp_path / "copy", f"--data={tmp_path}/other.jsonl"
+  with contextlib.closing(runs.Forks(tmp_path, "vocojax.evaluate")) as program:
+
+    def evaluate(*flags):
+      return program.run(f"--checkpoint={workdir}/voco", *flags)
+
+    for flags, title, name, total in (
+      ([data], "VoCo, other", "voco_other", 4),
+      (
+        [data, "--split=test[1:]", "--config.evaluation.max_records=2"],
+        "VoCo, other, test[1:], first 2",
+        "voco_other_test_1-_first_2",
+        2,
+      ),
+      (["--split=train[:50%]"], "VoCo, train[:50%]", "voco_train_-50p", 12),
+    ):
+      status, out, err = evaluate(*flags)
+      assert status == 0, err
+      assert out.startswith(f"{title}: ")
+      result, answers = results(workdir)[name]
+      assert result["total"] == len(answers) == total
+    assert [x["record_id"] for x in answers] == [f"r{i}" for i in range(12)]
+    before = results(folder / "run")
+    assert results(workdir).items() >= before.items()
+    names = {x.path.stem: x.data for x in collect.collect(workdir) if x.use}
+    assert names == {
+      "voco_other": "other.jsonl",
+      "voco_other_test_1-_first_2": "other.jsonl, test[1:], first 2",
+      "voco_train_-50p": "data.json, train[:50%]",
+    }
+    for flags, where in (
+      (["--split=test"], str(folder / "data.json")),
+      ([data, "--split=train"], "config.evaluation.split"),
+      (["--images=x"], "config.evaluation.image_folder"),
+      ([data, "--images=x"], "config.evaluation.image_folder: x"),
+      (["--config.evaluation.holdout=0.1"], "--config.evaluation.holdout"),
+    ):
+      status, _, err = evaluate(*flags)
+      assert (status, runs.printed_error(err).where) == (2, where)
+
+
 @pytest.mark.parametrize("name", ["voco", "lower"])
 def test_program_gives_what_training_gave(folder, tmp_path, name):
   phase, compressor = NAMES[name]
@@ -178,9 +227,10 @@ def four_tokens(folder, tmp_path_factory):
   for m in (1, 2, 4):
     assemble.evaluate(loaded, workdir, "voco", {}, num_voco_tokens=m)
   assemble.evaluate(loaded, workdir, "voco", {}, adaptive=True)
-  assemble.evaluate(
-    loaded, workdir, "voco", {}, adaptive=True, adaptive_threshold=0.0
-  )
+  evaluation = dataclasses.replace(evaluation, adaptive_threshold=0.0)
+  config = dataclasses.replace(config, evaluation=evaluation)
+  strict = dataclasses.replace(loaded, config=config)
+  assemble.evaluate(strict, workdir, "voco", {}, adaptive=True, changes=("0",))
   return loaded, results(workdir)
 
 

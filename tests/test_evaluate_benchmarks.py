@@ -32,6 +32,7 @@ MAX_FRAMES = 3
 # Which frames of each video are to be taken, worked out by hand.
 FRAMES = ((0,), (0, 10, 20), (0, 5, 10), (5, 20, 30))
 SECRET = "a-secret-key"
+SINGLE = "--config.evaluation.batch_size=1"
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +279,7 @@ def wait_for_lines(process, path, count):
 def test_killed_run_goes_on(folder, one_by_one, program, tmp_path):
   out = tmp_path / "out"
   path = out / "predictions.jsonl"
-  flags = [*arguments(folder, "gqa"), f"--out={out}", "--batch_size=1"]
+  flags = [*arguments(folder, "gqa"), f"--out={out}", SINGLE]
   process = runs.start_cached(folder, "vocojax.evaluate", *flags)
   wait_for_lines(process, path, 5)
   process.kill()
@@ -288,7 +289,7 @@ def test_killed_run_goes_on(folder, one_by_one, program, tmp_path):
   kept = before[: before.rindex(b"\n") + 1]
   assert 5 <= kept.count(b"\n") < 24
   assert not (out / "result.json").exists()
-  _, err = finish(program, "gqa", f"--out={out}", "--batch_size=1")
+  _, err = finish(program, "gqa", f"--out={out}", SINGLE)
   left = 24 - kept.count(b"\n")
   assert f"{left}/{left}" in err
   assert path.read_bytes().startswith(kept)
@@ -299,13 +300,13 @@ def test_killed_run_goes_on(folder, one_by_one, program, tmp_path):
 def test_second_run_is_refused(folder, one_by_one, program, tmp_path):
   """Its answers would be added to those of the first."""
   out = tmp_path / "out"
-  flags = [*arguments(folder, "gqa"), f"--out={out}", "--batch_size=1"]
+  flags = [*arguments(folder, "gqa"), f"--out={out}", SINGLE]
   first = runs.start_cached(folder, "vocojax.evaluate", *flags)
   wait_for_lines(first, out / "predictions.jsonl", 2)
   first.send_signal(signal.SIGSTOP)
   try:
     before = (out / "predictions.jsonl").read_bytes()
-    status, said, err = program("gqa", f"--out={out}", "--batch_size=1")
+    status, said, err = program("gqa", f"--out={out}", SINGLE)
     assert (status, said) == (2, "")
     words = f"error: {out}: got evaluation by process {first.pid} on "
     assert err.startswith(words) and err.count("\n") == 1
@@ -488,9 +489,11 @@ def test_bad_input(folder, program, tmp_path):
     ),
     (
       "gqa",
-      ["--batch_size=0"],
-      "--batch_size: got '0', expected a positive integer",
+      [f"{SINGLE[:-1]}0"],
+      "config.evaluation.batch_size: got 0, expected",
     ),
+    ("gqa", [f"{SINGLE[:-1]}x"], "--config.evaluation.batch_size: got 'x', "),
+    ("gqa", ["--split=train"], "--split: got --benchmark, expected a flag"),
   ):
     status, said, err = program(name, *flags)
     assert (status, said) == (2, ""), (name, flags)
@@ -501,7 +504,10 @@ def test_bad_input(folder, program, tmp_path):
 
 @pytest.mark.parametrize(
   ("flag", "other"),
-  [("--data=x", "--benchmark"), ("--adaptive_threshold=0.2", "--adaptive")],
+  [
+    ("--out=x", "--benchmark"),
+    ("--config.evaluation.adaptive_threshold=0.2", "--adaptive"),
+  ],
 )
 def test_flags_that_need_another(folder, flag, other):
   flags = [f"--checkpoint={folder}/run/voco", flag]

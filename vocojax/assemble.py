@@ -7,6 +7,7 @@ import dataclasses
 import os
 import pathlib
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from vocojax import config as config_lib
 from vocojax.config import CompressorName, Config
 from vocojax.core.files import expand_user, storage
 from vocojax.data import prompt
-from vocojax.data.sources import Source, make_source
+from vocojax.data.sources import Source, make_source, record_border
 from vocojax.data.tokenizer import (
   VOCO_TOKEN,
   build_word_level,
@@ -36,6 +37,7 @@ from vocojax.models.vlm import VisionLanguageModel
 from vocojax.training import checkpoint, distributed, loop, sharding, starts
 from vocojax.training.starts import Start
 
+_WORDS = "words"  # a tokenizer that is made from the data
 # (compressor trained with, compressor used): name and title of the result.
 _RESULTS = {
   ("voco", "voco"): ("voco", "VoCo"),
@@ -169,21 +171,29 @@ def tokenizer_for(
   """The tokenizer of the config; small data sets may do without one.
 
   It is that of the `start`, if there is one; `config.data.tokenizer` must then
-  be the same. Without either, a word-level tokenizer is made from the
-  questions and answers of easy-VQA's training split, or of all words of
-  GridVQA, and saved in the workdir; of several hosts, the first one does so.
+  be the same. Where it is 'words', or nothing for a data set of vocojax, a
+  word-level tokenizer is made from the training split (of GridVQA, from all its
+  words) and saved in the workdir; of several hosts, the first one does so.
 
   Raises:
-    ConfigError: no tokenizer is named for another source.
+    ConfigError: no tokenizer is named for another source, or 'words' beside a
+      start.
     DataError: its folder cannot be used.
   """
   folder = config.data.tokenizer
   if start:
+    if folder == _WORDS:
+      raise ConfigError(
+        "config.data.tokenizer",
+        f"{folder!r} with config.init_from",
+        "the tokenizer of what it starts from",
+        "leave the key out",
+      )
     if folder:
       name = f"config.init_from ({start.path})"
       check_same(_load_tokenizer(folder), start.tokenizer, name)
     return start.tokenizer
-  if not folder and config.data.source in ("easy_vqa", "grid_vqa"):
+  if folder == _WORDS or (not folder and config.data.source != "llava_json"):
     folder = workdir / "tokenizer"
     if jax.process_index() == 0 and not folder.is_dir():
       _save_whole(build_word_level(_texts(config, source)), folder)
@@ -194,7 +204,7 @@ def tokenizer_for(
       "''",
       "a Hugging Face tokenizer folder",
       "set it; LLaVA uses the tokenizer files of lmsys/vicuna-7b-v1.5 on the "
-      "Hugging Face hub",
+      f"Hugging Face hub; {_WORDS!r} makes a small one from the data",
     )
   return _load_tokenizer(folder)
 
@@ -221,16 +231,25 @@ def _save_whole(
 
 
 def _texts(config: Config, source: Source) -> Iterator[str]:
-  """Texts with every word of a small data set."""
+  """Texts with every word of a small data set, and of the prompt's layout."""
   if config.data.source == "grid_vqa":
     from vocojax.data.tfds import grid_vqa  # slow to import
 
     yield from grid_vqa.words()
     return
+  layout = prompt.LAYOUTS[config.prompt.layout]
+  yield f"{layout.stream_prefix} {layout.text_opening} {layout.question_end}"
   for i in range(len(source)):
-    for conversation in source[i].conversations:
-      for turn in conversation:
-        yield from turn
+    try:
+      with record_border(f"record {i}"):
+        record = source[i]
+        yield record.system
+        for turns in record.conversations:
+          questions, answers = zip(*turns, strict=True)
+          yield from prompt.place_images(questions, len(record.images))
+          yield from answers
+    except DataError:  # comes again when the record's turn comes
+      continue
 
 
 def make_model(
@@ -265,7 +284,7 @@ def evaluate(
   int8: bool = False,
   num_voco_tokens: int | None = None,
   adaptive: bool = False,
-  adaptive_threshold: float | None = None,
+  changes: tuple[str, ...] = (),
 ) -> None:
   """Scores a checkpoint, writes the result and prints it in one line.
 
@@ -281,8 +300,8 @@ def evaluate(
     int8: answer from caches of 8-bit numbers.
     num_voco_tokens: answer from the first so many tokens of each image.
     adaptive: answer each question from as few of them as will do.
-    adaptive_threshold: instead of `config.evaluation.adaptive_threshold`; the
-      name of the result ends in it.
+    changes: what is not as the checkpoint's own config has it, in words; title
+      and name of the result end in them.
 
   Raises:
     CheckpointError: the checkpoint cannot be used with this compressor.
@@ -299,12 +318,9 @@ def evaluate(
       )
     name, title = f"{name}_adaptive", f"{title}, as few tokens as will do"
   config = with_compressor(loaded.config, compressor, num_voco_tokens)
-  if adaptive_threshold is not None:
-    evaluation = dataclasses.replace(
-      config.evaluation, adaptive_threshold=adaptive_threshold
-    )
-    config = dataclasses.replace(config, evaluation=evaluation)
-    name += f"_{adaptive_threshold:g}"
+  title = ", ".join((title, *changes))
+  words = "_".join((name, *changes)).replace(":", "-").replace("%", "p")
+  name = re.sub(r"(?:[^\w.-]|_)+", "_", words).strip("_")
   folder = workdir / "evaluation"
   with storage(folder):
     folder.mkdir(parents=True, exist_ok=True)

@@ -365,7 +365,7 @@ def _reworded(message: str) -> UserError:
   if not match:
     return UserError("flags", message, "flags as in --help", "correct them")
   flag, found = match.groups()
-  if flag.startswith("--config."):
+  if flag.startswith("--config.") and "config" in flags.FLAGS:
     flag = flag.removeprefix("--")
     *groups, name = flag.split(".")[1:]
     owner = _value(flags.FLAGS["config"].value, groups)

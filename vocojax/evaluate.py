@@ -1,18 +1,21 @@
 r"""Evaluates a checkpoint on held-out questions, or on an official benchmark.
 
   python -m vocojax.evaluate --checkpoint=WORKDIR/voco
+  python -m vocojax.evaluate --checkpoint=WORKDIR/voco --data=FILE --images=DIR
   python -m vocojax.evaluate --checkpoint=WORKDIR/voco --benchmark=gqa \
     --data=DIR
 
-The first asks the held-out questions of the checkpoint's data set, and writes
-WORKDIR/evaluation/NAME.json, the answers, and the report again. The second
-writes WORKDIR/benchmarks/gqa/NAME/result.json beside the answers and the file
-to hand in; the same command goes on where it was stopped. With
+The first asks the held-out questions of the checkpoint's data, the second those
+of another file; they write WORKDIR/evaluation/NAME.json, the answers, and the
+report again. The third writes WORKDIR/benchmarks/gqa/NAME/result.json beside
+the answers and the file to hand in; the same command resumes it. With
 `--compressor=voco` on a `voco_causal` checkpoint (the upper bound) either gives
 the lower bound. A checkpoint whose prompt layout this version lacks is refused
 unless `--layout` names one; NAME then ends in it, as it does in `int8` with
-`--int8`, in `m4` with `--num_voco_tokens=4`, in `adaptive` with `--adaptive`
-and in `adaptive_0.05` with `--adaptive --adaptive_threshold=0.05`. Read next:
+`--int8`, in `m4` with `--num_voco_tokens=4`, in `adaptive` with `--adaptive`,
+and in whatever of `config.evaluation` is changed so that answers may: in the
+name of FILE, in `train_-100` with `--split=train[:100]`, in `adaptive_0.05`
+with `--adaptive --config.evaluation.adaptive_threshold=0.05`. Read next:
 evals/answers.py, evals/benchmark_answers.py.
 """
 
@@ -81,19 +84,6 @@ _ADAPTIVE = flags.DEFINE_bool(
   "Answers each question from as few VoCo tokens as will do, see "
   "inference/adaptive.py; not with --benchmark.",
 )
-_ADAPTIVE_THRESHOLD = flags.DEFINE_float(
-  "adaptive_threshold",
-  None,
-  "With --adaptive: by how much the probability of an answer may change. By "
-  "default the checkpoint's config.evaluation.adaptive_threshold.",
-)
-_BATCH_SIZE = flags.DEFINE_integer(
-  "batch_size",
-  None,
-  "Images at once, and half of the questions at once; less needs less memory. "
-  "By default the checkpoint's config.evaluation.batch_size.",
-  lower_bound=1,
-)
 _BENCHMARK = flags.DEFINE_string(
   "benchmark",
   None,
@@ -101,8 +91,45 @@ _BENCHMARK = flags.DEFINE_string(
   f"{', '.join((*registry.IMAGE, *registry.VIDEO))}.",
 )
 _DATA = flags.DEFINE_string(
-  "data", None, "Folder of the benchmark's files, laid out as README.md says."
+  "data",
+  None,
+  "JSON files to ask about instead of the checkpoint's own data, separated by "
+  "commas; with --benchmark the folder of its files, as README.md says.",
 )
+_IMAGES = flags.DEFINE_string(
+  "images",
+  None,
+  "Folder of the images of --data; by default config.data.image_folder.",
+)
+_SPLIT = flags.DEFINE_string(
+  "split",
+  None,
+  "What to ask about: 'test' is what was held out, 'train' the rest, "
+  "'train[:100]' a slice. By default config.evaluation.split.",
+)
+# Keys of config.evaluation that may be changed, by flags of the same meaning.
+_KEYS: dict[str, flags.FlagHolder] = {
+  "path": _DATA,
+  "image_folder": _IMAGES,
+  "split": _SPLIT,
+}
+for _key, _flag in _KEYS.items():
+  flags.DEFINE_alias(f"config.evaluation.{_key}", _flag.name)
+for _key, _define, _help in (
+  ("max_records", flags.DEFINE_integer, "Records to ask about; 0 is all."),
+  ("max_new_tokens", flags.DEFINE_integer, "Tokens that answers are cut at."),
+  ("batch_size", flags.DEFINE_integer, "Records at once: memory against time."),
+  (
+    "adaptive_threshold",
+    flags.DEFINE_float,
+    "With --adaptive: by how much the probability of an answer may change.",
+  ),
+):
+  _KEYS[_key] = _define(
+    f"config.evaluation.{_key}",
+    None,
+    f"{_help} By default as in the checkpoint's config.",
+  )
 _OUT = flags.DEFINE_string(
   "out",
   None,
@@ -138,15 +165,7 @@ def main() -> None:
 def _run() -> None:
   made_by = assemble.provenance(assemble.command_line("vocojax.evaluate"))
   loaded = checkpoint.load(_CHECKPOINT.value, _LAYOUT.value or "")
-  threshold = _ADAPTIVE_THRESHOLD.value
-  if threshold is not None and not _ADAPTIVE.value:
-    raise _useless(_ADAPTIVE_THRESHOLD, "no --adaptive", "give both or none")
-  if _BATCH_SIZE.value:
-    evaluation = dataclasses.replace(
-      loaded.config.evaluation, batch_size=_BATCH_SIZE.value
-    )
-    config = dataclasses.replace(loaded.config, evaluation=evaluation)
-    loaded = dataclasses.replace(loaded, config=config)
+  loaded, changes = _with_keys(loaded)
   if _FLOAT16.value:
     half = dataclasses.replace(loaded.config.model, dtype="float16")
     config = dataclasses.replace(loaded.config, model=half)
@@ -154,12 +173,15 @@ def _run() -> None:
   workdir = loaded.path.parents[2]
   compressor = _COMPRESSOR.value or loaded.config.model.compressor.name
   if _BENCHMARK.value is not None:
+    for key, flag in _KEYS.items():
+      if flag.value is not None and key not in ("path", "batch_size"):
+        raise _useless(flag, "--benchmark", "leave one of them out")
     if _ADAPTIVE.value:
       raise _useless(_ADAPTIVE, "--benchmark", "leave one of them out")
     benchmark, data = _open_benchmark(_BENCHMARK.value, workdir / "benchmarks")
     _run_benchmark(loaded, benchmark, data, compressor, made_by)
     return
-  for flag in (_DATA, _OUT, _JUDGE_URL, _JUDGE_MODEL, _JUDGE_CACHE):
+  for flag in (_OUT, _JUDGE_URL, _JUDGE_MODEL, _JUDGE_CACHE):
     if flag.value is not None:
       raise _useless(flag, "no --benchmark", "give both or none")
   assemble.evaluate(
@@ -170,12 +192,54 @@ def _run() -> None:
     _INT8.value,
     _NUM_VOCO_TOKENS.value,
     _ADAPTIVE.value,
-    threshold,
+    changes,
   )
   if jax.process_index():
     return
   if (workdir / "evaluation" / "voco.json").exists():
     print(f"report: {write_report(workdir)}")
+
+
+def _with_keys(
+  loaded: checkpoint.Loaded,
+) -> tuple[checkpoint.Loaded, tuple[str, ...]]:
+  """The checkpoint with the keys of the flags, and what answers differ by.
+
+  Raises:
+    UserError: a key has no effect or a useless value.
+  """
+  given: dict[str, Any] = {
+    k: f.value for k, f in _KEYS.items() if f.value is not None
+  }
+  if "adaptive_threshold" in given and not _ADAPTIVE.value:
+    flag = _KEYS["adaptive_threshold"]
+    raise _useless(flag, "no --adaptive", "give both or none")
+  if _BENCHMARK.value is not None:
+    given.pop("path", None)
+  config = loaded.config
+  before = config.evaluation
+  values: dict[str, Any] = {}
+  if "path" in given:
+    values.update(split="test", image_folder="", holdout=0.0)
+    data = dataclasses.replace(config.data, source="llava_json", weights=())
+    config = dataclasses.replace(config, data=data)
+  elif given.get("split", "test").partition("[")[0] != "test":
+    values.update(path="", image_folder="")
+  evaluation = dataclasses.replace(before, **(values | given))
+  changed = {k: v for k, v in given.items() if v != getattr(before, k)}
+  words = {
+    "adaptive_threshold": "{:g}",
+    "path": "{}",
+    "split": "{}",
+    "max_records": "first {}",
+    "max_new_tokens": "{} new tokens",
+  }
+  if "path" in changed:
+    names = changed["path"].split(",")
+    changed["path"] = "+".join(pathlib.PurePath(name).stem for name in names)
+  labels = [words[k].format(changed[k]) for k in words if k in changed]
+  config = dataclasses.replace(config, evaluation=evaluation)
+  return dataclasses.replace(loaded, config=config), tuple(labels)
 
 
 def _useless(flag: flags.FlagHolder, beside: str, fix: str) -> UserError:

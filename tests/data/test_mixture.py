@@ -151,6 +151,7 @@ def test_files_without_weights_are_one(folder, words):
   "change, where, got",
   [
     ({"weights": (1.0,)}, "config.data.weights", "1 weights"),
+    ({"weights": (1.0, 0.0, 1.0)}, "config.data.weights", "(1.0, 0.0, 1.0)"),
     ({"image_folder": "a,b"}, "config.data.image_folder", "2 folders"),
     ({"source": "easy_vqa", "weights": (1.0,)}, "config.data.weights", "(1.0"),
     ({"weights": (1.0, 1.0, 1e-3)}, "config.data.weights", "(1.0, 1.0, 0.001)"),
@@ -158,8 +159,8 @@ def test_files_without_weights_are_one(folder, words):
   ],
 )
 def test_mixtures_that_cannot_be(folder, words, change, where, got):
-  config = keys(folder, **change)
   with pytest.raises((ConfigError, DataError)) as e:
+    config = keys(folder, **change)
     source = sources.make_source(config, config.data.train_split)
     encoder = pipeline.Encoder(words, PROMPT, config.data, 8)
     take(pipeline.train_dataset(source, encoder, config.data, 0, 0, 1, 10), 1)
@@ -221,6 +222,7 @@ def test_a_file_of_its_own(folder):
   assert len(source) == SIZES[2] and source[3].id == "r3"
   for change, key in (
     (path | {"holdout": 0.1}, "holdout"),
+    (path | {"split": "train[90%:]"}, "split"),
     ({"image_folder": "x"}, "image_folder"),
     ({"holdout": 1.0}, "holdout"),
   ):

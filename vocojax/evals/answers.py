@@ -355,6 +355,7 @@ def write(
     "step": int(checkpoint.name),
     "checkpoint": str(checkpoint),
     "split": config.evaluation.split,
+    "evaluation": dataclasses.asdict(config.evaluation),
     "accuracy": evaluation.correct / total,
     "correct": evaluation.correct,
     "total": total,

@@ -191,7 +191,7 @@ def _read(
 def _evaluation(path: pathlib.Path) -> Result:
   with files.remedy("evaluate that checkpoint again, or move the file away"):
     found = files.read_json(path, dict, UserError)
-    optional = {"mean_k": (float, type(None))}
+    optional = {"mean_k": (float, type(None)), "evaluation": dict}
     files.check_fields(found, path, _EVALUATION, UserError, optional)
     categories = {}
     for name, counts in found["by_category"].items():
@@ -209,7 +209,7 @@ def _evaluation(path: pathlib.Path) -> Result:
     path.parents[1],
     method,
     use,
-    _data_set(config, found["split"]),
+    _data_set(config, found["split"], found.get("evaluation")),
     False,
     {"": 100 * found["accuracy"], **categories},
     config,
@@ -305,18 +305,28 @@ def _check_config(config: dict[str, Any], where: Any) -> dict[str, Any]:
   return config
 
 
-def _data_set(config: Mapping[str, Any], split: str) -> str:
-  """Name of a data set, with what makes it another one."""
-  data = config["data"]
+def _data_set(
+  config: Mapping[str, Any], split: str, evaluation: Mapping[str, Any] | None
+) -> str:
+  """Name of a data set, with what makes it another one.
+
+  Args:
+    config: of the phase.
+    split: that was asked about.
+    evaluation: keys of the config that it was asked with; None is the phase's.
+  """
+  data, evaluation = config["data"], evaluation or config["evaluation"]
   name = data["source"]
-  if name == "grid_vqa":
+  if path := evaluation.get("path"):
+    name = pathlib.PurePath(path).name
+  elif name == "grid_vqa":
     size = data.get("grid_size", "?")
     name += f" {size}x{size}"
   elif name == "llava_json":
     name = pathlib.PurePath(data.get("path", "")).name or name
   if split != "test":
     name += f", {split}"
-  if first := config["evaluation"].get("max_records"):
+  if first := evaluation.get("max_records"):
     name += f", first {first}"
   return name
 
