@@ -325,7 +325,8 @@ class DataConfig:
   # Shares of an epoch that come of each file, in any unit; () takes every
   # record once. An epoch is as many records as the files have together.
   weights: tuple[float, ...] = ()
-  # Folder of a Hugging Face tokenizer; '' is that of init_from.
+  # Folder of a Hugging Face tokenizer; '' is that of init_from; 'words' makes
+  # one of the words of the training split, for small models.
   tokenizer: str = ""
   train_split: str = "train"  # or a slice of it, such as 'train[:1000]'
   max_text_length: int = 2048 - 580  # tokens of a text row

@@ -75,10 +75,14 @@ def clip_config(**overrides):
   )
 
 
-def tokenizer(*added: str) -> transformers.PreTrainedTokenizerFast:
-  """29 words, then special tokens."""
-  words = ["<unk>", "<s>", "</s>"]
-  words += [f"w{i}" for i in range(NUM_TEXT_TOKENS - len(words))]
+WORDS = tuple(f"w{i}" for i in range(NUM_TEXT_TOKENS - 3))
+
+
+def tokenizer(
+  *added: str, words: tuple[str, ...] = WORDS
+) -> transformers.PreTrainedTokenizerFast:
+  """Three tokens and some words, then special tokens."""
+  words = ("<unk>", "<s>", "</s>", *words)
   backend = tokenizers.Tokenizer(
     models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
   )
@@ -187,6 +191,7 @@ def original(
   tower: str = "inside",
   projector: str = "inside",
   max_shard_size: int = 20_000,
+  words: tuple[str, ...] = WORDS,
 ) -> OriginalLlava:
   """The layout of LLaVA and VoCo-LLaMA.
 
@@ -198,9 +203,10 @@ def original(
     tower: "inside" the weights, or "apart" in a folder that the config names.
     projector: "inside" the weights, or "beside" in mm_projector.bin.
     max_shard_size: bytes.
+    words: of the tokenizer.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  config = llama_config(NUM_TEXT_TOKENS + voco, kind)
+  config = llama_config(3 + len(words) + voco, kind)
   model = randomize(OriginalLlava(config)).to(dtype)
   state = {_published(k): v for k, v in model.state_dict().items()}
   if config.tie_word_embeddings:
@@ -228,7 +234,7 @@ def original(
     "image_aspect_ratio": "pad",
   }
   (folder / "config.json").write_text(json.dumps(values))
-  tokenizer(*["<voco>"] * voco).save_pretrained(folder)
+  tokenizer(*["<voco>"] * voco, words=words).save_pretrained(folder)
   return model
 
 
