@@ -173,9 +173,6 @@ def _run() -> None:
   workdir = loaded.path.parents[2]
   compressor = _COMPRESSOR.value or loaded.config.model.compressor.name
   if _BENCHMARK.value is not None:
-    for key, flag in _KEYS.items():
-      if flag.value is not None and key not in ("path", "batch_size"):
-        raise _useless(flag, "--benchmark", "leave one of them out")
     if _ADAPTIVE.value:
       raise _useless(_ADAPTIVE, "--benchmark", "leave one of them out")
     benchmark, data = _open_benchmark(_BENCHMARK.value, workdir / "benchmarks")
@@ -215,7 +212,9 @@ def _with_keys(
     flag = _KEYS["adaptive_threshold"]
     raise _useless(flag, "no --adaptive", "give both or none")
   if _BENCHMARK.value is not None:
-    given.pop("path", None)
+    given.pop("path", None)  # of the benchmark's files
+    for key in given.keys() - {"batch_size"}:
+      raise _useless(_KEYS[key], "--benchmark", "leave one of them out")
   config = loaded.config
   before = config.evaluation
   values: dict[str, Any] = {}
