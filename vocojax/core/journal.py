@@ -4,9 +4,7 @@ After a crash it holds whole lines, and at most one that is cut off at its end,
 which the next writer drops.
 """
 
-import io
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -35,7 +33,9 @@ class Journal:
     self.entries: list[tuple[str, dict[str, Any]]] = []
     with files.storage(path, error):
       path.parent.mkdir(parents=True, exist_ok=True)
-      self._open().close()
+      self._object = files.open_growing(path) if files.in_bucket(path) else None
+      with self._open():
+        pass
     self._end = 0  # of the whole lines
     self._before = b""  # what is between them and the next one
     self._has_cut = False
@@ -54,11 +54,14 @@ class Journal:
     """
     if self._has_cut:
       with files.storage(self._path, self._error):
-        os.truncate(self._path, self._end)
+        with self._open() as file:
+          file.truncate(self._end)
       self._has_cut = False
 
   def add(self, entry: Mapping[str, Any]) -> None:
     """Adds an object: in the file when this returns, or not at all.
+
+    In a bucket, it is there after `flush`, or after some seconds.
 
     Raises:
       UserError: of the class that was given; there is no room.
@@ -67,20 +70,20 @@ class Journal:
     # Escaped to ASCII: no character can then look like the end of a line.
     line = self._before + json.dumps(entry, allow_nan=False).encode() + b"\n"
     with files.storage(self._path, self._error), self._open() as file:
-      end = file.seek(0, os.SEEK_END)
-      try:
-        while line:
-          line = line[file.write(line) :]
-      except OSError:
-        file.truncate(end)
-        raise
+      file.append(line)
     self._before = b""
 
-  def _open(self) -> io.FileIO:
-    # Without O_NONBLOCK, opening a pipe waits for someone to read from it.
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
-    descriptor = os.open(self._path, flags | os.O_CLOEXEC, 0o666)
-    return io.FileIO(descriptor, "ab")
+  def flush(self) -> None:
+    """In a bucket, writes what was added in the last seconds.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    if self._object:
+      self._object.flush()
+
+  def _open(self) -> Any:
+    return self._object or files.GrowingFile(self._path)
 
 
 def read_journal(

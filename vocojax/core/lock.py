@@ -3,13 +3,15 @@
 A lock is a file `.KIND.lock` in the folder, which names the process that holds
 it. The operating system locks the file (flock) and frees it when that process
 dies, however it dies. Where the file system has no locks, or none that other
-hosts see, the modification time of the file is a heartbeat: a file that does
-not change for `STALE_SECONDS` was left by a process that died.
+hosts see, the modification time of the file is a heartbeat, and in a bucket its
+content: a file that does not change for `STALE_SECONDS` was left by a process
+that died.
 """
 
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import pathlib
@@ -46,7 +48,9 @@ def held(
   Raises:
     UserError: another process holds it, or the folder cannot be written.
   """
-  path = pathlib.Path(folder, f".{kind}.lock")
+  bucket = files.in_bucket(folder)
+  folder = files.to_path(folder) if bucket else pathlib.Path(folder)
+  path = folder / f".{kind}.lock"
   me = {
     "pid": os.getpid(),
     "host": socket.gethostname(),
@@ -71,13 +75,20 @@ def held(
   finally:
     stop.set()
     heart.join()
-    if _holder(path) == me:
+    if _token(path) == me["token"]:
       path.unlink(missing_ok=True)  # while it is locked
-    os.close(descriptor)
+    if descriptor is not None:
+      os.close(descriptor)
 
 
-def _acquire(path: pathlib.Path, kind: str, me: dict) -> int:
+def _acquire(path: pathlib.Path, kind: str, me: dict) -> int | None:
   """The open file, locked if the file system can do so, with `me` in it."""
+  if files.in_bucket(path):
+    if before := _holder(path):
+      _wait_until_stale(path, kind, before)
+    files.write_atomic(path, json.dumps(me))
+    _settle(path, kind, me)
+    return None
   while True:
     with files.storage(path):
       # Not inherited by programs that this one starts: they may outlive it.
@@ -94,13 +105,18 @@ def _acquire(path: pathlib.Path, kind: str, me: dict) -> int:
       with files.storage(path):
         _write(descriptor, path, json.dumps(me).encode())
       if not locked:
-        time.sleep(SETTLE_SECONDS)
-        if _holder(path) != me:
-          raise _taken(path, kind)
+        _settle(path, kind, me)
       return descriptor
     except BaseException:
       os.close(descriptor)
       raise
+
+
+def _settle(path: pathlib.Path, kind: str, me: dict) -> None:
+  """Raises if another process has written its name at the same time."""
+  time.sleep(SETTLE_SECONDS)
+  if _token(path) != me["token"]:
+    raise _taken(path, kind)
 
 
 def _flock(descriptor: int, path: pathlib.Path, kind: str) -> bool:
@@ -144,13 +160,23 @@ def _wait_until_stale(path: pathlib.Path, kind: str, holder: dict) -> None:
     holder["host"],
   )
   end = time.monotonic() + STALE_SECONDS
+  before = now = _pulse(path)
+  while now is not None and time.monotonic() < end:
+    time.sleep(STALE_SECONDS / 60)
+    now = _pulse(path)
+    if now not in (before, None):
+      raise _taken(path, kind)
+
+
+def _pulse(path: pathlib.Path) -> int | dict | None:
+  """What changes while the holder lives; None if the file is gone.
+
+  Times are compared with each other, not with the clock of this host.
+  """
+  if files.in_bucket(path):
+    return _holder(path) or None
   with contextlib.suppress(FileNotFoundError):
-    # Its times are compared with each other, not with the clock of this host.
-    before = path.stat().st_mtime_ns
-    while time.monotonic() < end:
-      time.sleep(STALE_SECONDS / 60)
-      if path.stat().st_mtime_ns != before:
-        raise _taken(path, kind)
+    return path.stat().st_mtime_ns
 
 
 def _beat(
@@ -161,24 +187,38 @@ def _beat(
   As when it was suspended for longer than `STALE_SECONDS` and another process
   took over: whatever it writes now would be mixed with what that one writes.
   """
-  while not stop.wait(BEAT_SECONDS):
-    with contextlib.suppress(OSError):
-      os.utime(path)
-    if _holder(path) not in (me, {}):
+  for beat in itertools.count():
+    if stop.wait(BEAT_SECONDS):
+      return
+    if _token(path) not in (me["token"], None):
       print(f"error: {_taken(path, kind)}", file=sys.stderr, flush=True)
       os._exit(2)
+    if files.in_bucket(path):
+      with contextlib.suppress(UserError):
+        files.write_atomic(path, json.dumps(me | {"beat": beat}))
+    else:
+      with contextlib.suppress(OSError):
+        os.utime(path)
 
 
 def _holder(path: pathlib.Path) -> dict:
   """Who wrote the file; {} if it does not say so, or not yet."""
   try:
-    holder = files.read_json(path, limit=4096)
+    if files.in_bucket(path):
+      with files.listing(path):
+        holder = files.parse_json(path.read_bytes(), path)
+    else:
+      holder = files.read_json(path, limit=4096)
     files.get_field(holder, "pid", int, path)
     for key in ("host", "since", "token"):
       files.get_field(holder, key, str, path)
     return holder
   except UserError:
     return {}
+
+
+def _token(path: pathlib.Path) -> str | None:
+  return _holder(path).get("token")
 
 
 def _taken(path: pathlib.Path, kind: str) -> UserError:

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
@@ -27,6 +27,33 @@ def orbax_call() -> Iterator[None]:
       yield
   finally:
     asyncio.set_event_loop_policy(before)
+
+
+def enable_s3(kvstore: Callable[[str], dict]) -> None:
+  """Lets Orbax use s3://, which TensorStore knows, exactly as gs://.
+
+  Orbax asks these functions whether a path is in a bucket of Google, and for
+  TensorStore's description of it.
+
+  Args:
+    kvstore: makes that description of a URL.
+  """
+  from orbax.checkpoint._src.path import gcs_utils
+  from orbax.checkpoint._src.serialization import tensorstore_utils
+
+  normalize = tensorstore_utils._normalize_path
+  schemes = ("gs://", "s3://")
+  for module, name, new in (
+    (gcs_utils, "_GCS_PATH_PREFIX", schemes),
+    (gcs_utils, "get_kvstore_for_gcs", kvstore),
+    (tensorstore_utils, "_use_gcs_driver", lambda p: p.startswith(schemes)),
+    (
+      tensorstore_utils,
+      "_normalize_path",
+      lambda p: normalize(p).replace("s3:/", "s3://"),
+    ),
+  ):
+    setattr(module, name, new)
 
 
 class _Loop(asyncio.SelectorEventLoop):

@@ -1,13 +1,15 @@
-"""Tokenizers, always read from a local folder. Read next: prompt.py.
+"""Tokenizers, always read from a folder. Read next: prompt.py.
 
 Any Hugging Face tokenizer with a begin-of-text and an end-of-text token will
 do. `<voco>` is added to it where it lacks one. For small data sets with a
 closed vocabulary, `build_word_level` makes a tokenizer from the texts.
 """
 
+import contextlib
 import os
 import pathlib
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import sentencepiece
@@ -15,7 +17,14 @@ import tokenizers
 import transformers
 from tokenizers import models, pre_tokenizers
 
-from vocojax.core.files import expand_user, open_regular
+from vocojax.core.files import (
+  expand_user,
+  in_bucket,
+  listing,
+  open_regular,
+  read_bytes,
+  to_path,
+)
 from vocojax.errors import ConfigError, DataError, shorten
 
 VOCO_TOKEN = "<voco>"
@@ -66,6 +75,9 @@ def load_tokenizer(
       begin-of-text or end-of-text token, or transformers makes something else
       of a lone `tokenizer.model`.
   """
+  if in_bucket(folder):
+    with _copied(folder) as local:
+      return load_tokenizer(local)
   folder = expand_user(folder)
   where = f"tokenizer folder {folder}"
   files = " or ".join(_FILES)
@@ -110,6 +122,22 @@ def load_tokenizer(
     token = transformers.AddedToken(VOCO_TOKEN, special=True, normalized=False)
     tokenizer.add_tokens([token], special_tokens=True)
   return tokenizer
+
+
+@contextlib.contextmanager
+def _copied(folder: str | os.PathLike) -> Iterator[str]:
+  """A local copy of what a folder in a bucket has for `load_tokenizer`."""
+  with tempfile.TemporaryDirectory() as local:
+    with listing(folder):
+      paths = list(to_path(folder, DataError).iterdir())
+    for path in paths:
+      if "token" in path.name or path.suffix == ".json":
+        pathlib.Path(local, path.name).write_bytes(read_bytes(path))
+    try:
+      yield local
+    except DataError as e:
+      where = str(e.where).replace(local, str(folder))
+      raise DataError(where, e.got, e.expected, e.fix) from e
 
 
 def _check_converted(folder: pathlib.Path, tokenizer) -> None:

@@ -141,6 +141,7 @@ class Asker:
     n = len(left)
     block = left[n * index // count : n * (index + 1) // count]
     bad = self._ask(block, writer)
+    writer.flush()
     answered = _merge(folder, distributed.gather(found))
     bad = [id_ for part in distributed.gather(bad) for id_ in part]
     answered |= dict.fromkeys(bad, "")

@@ -9,7 +9,6 @@ import collections
 import dataclasses
 import datetime
 import math
-import os
 import pathlib
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -487,9 +486,8 @@ def _read_attention(path: pathlib.Path) -> _Attention:
     with files.open_regular(path, UserError) as file:
       with zipfile.ZipFile(file) as archive:
         unpacked = sum(x.file_size for x in archive.infolist())
-        if unpacked > _MOST_PACKED * os.fstat(file.fileno()).st_size:
-          raise ValueError(f"{unpacked:,} bytes, packed")
-      file.seek(0)
+      if unpacked > _MOST_PACKED * files.size_of(file):
+        raise ValueError(f"{unpacked:,} bytes, packed")
       with np.load(file, allow_pickle=False) as arrays:
         images, attention = arrays["images"], arrays["attention"]
         record_ids = [str(x) for x in arrays["record_ids"]]

@@ -55,12 +55,8 @@ _START_FROM = (
 
 def steps(folder: pathlib.Path) -> list[int]:
   """Steps whose checkpoint is complete, ascending."""
-  try:
+  with files.listing(folder, CheckpointError):
     return sorted(ocp.utils.checkpoint_steps(folder))
-  except OSError as e:
-    raise CheckpointError(
-      folder, e.strerror or str(e), "a readable folder", "check its permissions"
-    ) from e
 
 
 def read_json(folder: pathlib.Path, item: str) -> dict[str, Any]:
@@ -80,7 +76,7 @@ class _ArrayHandler(ocp.StandardCheckpointHandler):
   step_folder: pathlib.Path  # what is being written, under its temporary name
 
   async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> Any:
-    self.step_folder = pathlib.Path(directory).parent
+    self.step_folder = files.to_path(directory).parent
     written = await super().async_save(directory, *args, **kwargs)
     own = functools.partial(checksums.write_own, directory)
     return [ocp.future.ChainedFuture(written or [], own)]
@@ -104,7 +100,7 @@ class Checkpointer:
     self._config = config
     self._layout = prompt.LAYOUTS[config.prompt.layout]
     self._tokenizer = tokenizer
-    self._tokenizer_item = _tokenizer_files(tokenizer)
+    self._tokenizer_item = tokenizer_files(tokenizer)
     self._handler = _ArrayHandler()
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for item, handler in (
@@ -376,20 +372,21 @@ def find(path: str) -> tuple[pathlib.Path, int]:
   Raises:
     CheckpointError: there is no complete checkpoint.
   """
-  given = files.expand_user(path, CheckpointError).absolute()
-  if given.name.isdecimal() and given.is_dir():
-    folder, step = given.parent, int(given.name)
-  else:
-    folder = given if given.name == FOLDER else given / FOLDER
-    step = None
-  if not folder.is_dir():
-    phases = sorted(p.parent.name for p in given.glob(f"*/{FOLDER}"))
-    raise CheckpointError(
-      path,
-      f"the phases {', '.join(phases)}" if phases else f"no folder {FOLDER}",
-      "the folder of one phase",
-      f"name {given / phases[-1]}" if phases else "name a phase of a workdir",
-    )
+  given = files.to_path(path, CheckpointError)
+  with files.listing(given, CheckpointError):
+    if given.name.isdecimal() and given.is_dir():
+      folder, step = given.parent, int(given.name)
+    else:
+      folder = given if given.name == FOLDER else given / FOLDER
+      step = None
+    if not folder.is_dir():
+      phases = sorted(p.parent.name for p in given.glob(f"*/{FOLDER}"))
+      raise CheckpointError(
+        path,
+        f"the phases {', '.join(phases)}" if phases else f"no folder {FOLDER}",
+        "the folder of one phase",
+        f"name {given / phases[-1]}" if phases else "name a phase of a workdir",
+      )
   complete = steps(folder)
   if step is None and complete:
     step = max(complete)
@@ -616,7 +613,8 @@ def _param_shapes(
   return saved
 
 
-def _tokenizer_files(tokenizer) -> dict[str, dict]:
+def tokenizer_files(tokenizer) -> dict[str, dict]:
+  """What a tokenizer's files hold, by name, `tokenizer.json` first."""
   with tempfile.TemporaryDirectory() as temporary:
     tokenizer.save_pretrained(temporary)
     paths = [pathlib.Path(temporary, name) for name in _TOKENIZER_FILES]
@@ -631,7 +629,7 @@ def write_settings(
   """Writes `config`, `tokenizer` and `layout` of weights from elsewhere."""
   items = {
     "config": json.loads(config.to_json()),
-    "tokenizer": _tokenizer_files(tokenizer),
+    "tokenizer": tokenizer_files(tokenizer),
     "layout": prompt.LAYOUTS[config.prompt.layout].stamp(),
   }
   for item, content in items.items():

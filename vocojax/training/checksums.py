@@ -46,7 +46,7 @@ def write_own(item: str | os.PathLike) -> None:
   To be called by each process, when all of its own files are on disk.
   """
   index = jax.process_index()
-  folder = pathlib.Path(item)
+  folder = files.to_path(item)
   own = folder / f"ocdbt.process_{index}"  # as Orbax calls it
   files.write_atomic(
     folder / f"{FILE}.process_{index}",
@@ -160,7 +160,7 @@ def _expected(
       path = files.path_inside(folder, name, folder / FILE, CheckpointError)
       size, *digests = sums[name]
       with _open(path) as file:
-        found = os.fstat(file.fileno()).st_size
+        found = files.size_of(file)
       if found != size:
         raise CheckpointError(
           path, f"{found:,} bytes", f"{size:,} as written", _FIX

@@ -578,6 +578,8 @@ def _loop(phase, train_step, train_state, feed, source, checkpoints, sums):
           settle(*pending)
         pending = None
         sums.values["bad_records"] = bad_before + feed.total(feed.bad_records)
+        if writer:
+          writer.flush()  # lines up to a checkpoint must not be lost
         checkpoints.save(train_state, feed.states(), sums.values, source)
       bar.update()
       if stop:

@@ -2,9 +2,9 @@
 
 import json
 import math
-import os
 import pathlib
 import time
+from typing import Any
 
 from vocojax.core import files
 
@@ -75,11 +75,13 @@ class MetricsWriter:
     if self._path.exists():
       files.write_atomic(self._path, _lines_until(self._path, first_step))
     # Slow where PyTorch is installed, and only training needs it.
-    from tensorboardX import event_file_writer, writer
+    from tensorboardX import event_file_writer, record_writer, writer
 
     board = folder / "tensorboard"
     with files.storage(self._path):
-      self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+      self._file = files.open_growing(self._path)
+    for scheme in ("gs", "s3"):  # its own need other packages
+      record_writer.register_writer_factory(scheme, _Factory)
     with files.storage(board):
       board.mkdir(exist_ok=True)
       # Not tensorboardX.SummaryWriter: that writes in a thread, which dies of a
@@ -100,20 +102,38 @@ class MetricsWriter:
     line = {"step": step} | dict.fromkeys(metrics) | finite
     now = time.time()
     with files.storage(self._path):
-      _append(self._file, json.dumps(line | {"time": now}) + "\n")
+      self._file.append((json.dumps(line | {"time": now}) + "\n").encode())
       for key, value in finite.items():
         scalar = summary.scalar(key, value)
         self._board.write_event(
           writer.Event(wall_time=now, step=step, summary=scalar)
         )
-      if time.monotonic() > self._flushed + _FLUSH_SECONDS:
-        self._board.flush()
-        self._flushed = time.monotonic()
+    if time.monotonic() > self._flushed + _FLUSH_SECONDS:
+      self.flush()
+
+  def flush(self) -> None:
+    """All lines are where they belong when this returns."""
+    self._file.flush()
+    with files.storage(self._path.parent / "tensorboard"):
+      self._board.flush()
+    self._flushed = time.monotonic()
 
   def close(self) -> None:
-    os.close(self._file)
+    self._file.close()
     with files.storage(self._path.parent / "tensorboard"):
       self._board.close()
+
+
+class _Factory:
+  """How tensorboardX opens files in buckets."""
+
+  @staticmethod
+  def open(path: str) -> Any:
+    return files.open_growing(files.to_path(path))
+
+  @staticmethod
+  def directory_check(path: str) -> None:
+    """There are no folders to make."""
 
 
 _FLUSH_SECONDS = 20  # what TensorBoard is behind, at most
@@ -129,14 +149,3 @@ def _lines_until(path: pathlib.Path, step: int) -> str:
       if of <= step:
         kept.append(line)
   return "".join(kept)
-
-
-def _append(file: int, text: str) -> None:
-  """Writes all of it or nothing."""
-  data, size = text.encode(), os.fstat(file).st_size
-  try:
-    while data:
-      data = data[os.write(file, data) :]
-  except OSError:
-    os.ftruncate(file, size)
-    raise

@@ -19,6 +19,7 @@ import tensorstore as ts
 from etils import epath
 from jaxtyping import Shaped
 
+from vocojax.core.files import kvstore
 from vocojax.errors import CheckpointError, shorten
 from vocojax.training import checkpoint
 from vocojax.weights import files, hf, model_files, stream
@@ -45,11 +46,11 @@ class _Arrays:
   @functools.cache  # noqa: B019  (as long as the arrays are needed)
   def open(self, path: str) -> ts.TensorStore:
     name = path.replace("/", ".") + "/"
-    file = {"driver": "file", "path": f"{self._params}/"}
+    folder = kvstore(self._params)
     if self._ocdbt:
-      store = {"driver": "ocdbt", "base": file, "path": name}
+      store = {"driver": "ocdbt", "base": folder, "path": name}
     else:
-      store = file | {"path": file["path"] + name}
+      store = folder | {"path": folder["path"] + name}
     return ts.open(
       {"driver": "zarr", "kvstore": store}, context=self._context
     ).result()

@@ -197,6 +197,7 @@ class Judge:
         future.result()
     finally:
       pool.shutdown(cancel_futures=True)
+      self._journal.flush()
     found = [self._verdicts.get(key) for key in keys]
     if keys and not any(found):
       raise self._error(f"no verdict; the last reply was {self._complaint}")

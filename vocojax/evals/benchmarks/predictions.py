@@ -70,6 +70,10 @@ class PredictionWriter:
     )
     self.answered[id] = text
 
+  def flush(self) -> None:
+    """See `Journal.flush`."""
+    self._journal.flush()
+
 
 def read_predictions(paths: Iterable[pathlib.Path]) -> dict[str, str]:
   """The answer to each question id, of one file or of the parts of several.
