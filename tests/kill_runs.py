@@ -156,7 +156,8 @@ def assert_nothing_left(folder: pathlib.Path, workdir: str) -> None:
   for name in PHASES:
     expected |= {f"{name}/{x}" for x in ("checkpoints", "tensorboard")}
     expected |= {f"{name}/{x}" for x in ("config.json", "metrics.jsonl")}
-    expected.add(f"{name}/checkpoints/{test_resume.STEPS}")
+    kept = {test_resume.STEPS, test_resume.best(folder / workdir / name)}
+    expected |= {f"{name}/checkpoints/{step}" for step in kept}
   found = {
     str(path.relative_to(folder / workdir))
     for pattern in ("*", "*/*", "*/checkpoints/*")

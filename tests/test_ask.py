@@ -585,7 +585,9 @@ def converse(folder, engine, terminal, answer):
   shown = terminal.say(f"/image {folder}/0.png '{folder}/with,comma.png'")
   assert shown == f"{folder}/0.png: {SIZE}\n{folder}/with,comma.png: {SIZE}"
   fourth = answer((a, None), image=[0, 1])
-  assert terminal.say(a) == fourth
+  more = "2 images, but the model was trained with at most 1 "
+  more += "(config.data.max_images)\n"
+  assert terminal.say(a) == more + fourth
   # Ctrl-C outside an answer forgets the line; Ctrl-P brings back the last.
   terminal.type("what color")
   terminal.read("what color")  # its echo; Ctrl-C drops what was not read yet

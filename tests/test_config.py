@@ -214,6 +214,16 @@ def test_json_of_another_version(saved):
   assert caught.value.where.startswith("w/config.json: ")
 
 
+@pytest.mark.parametrize(
+  ("group", "key"), [("evaluation", "every"), ("data", "on_long_text")]
+)
+def test_json_of_before_a_key_was_made(group, key):
+  (phase,) = config_lib.phases(base())
+  saved = json.loads(phase.to_json())
+  del saved[group][key]
+  assert config_lib.Config.from_saved(saved, "config.json") == phase
+
+
 def test_numbers_of_voco_tokens_to_train_with():
   for k, expected in (
     (1, (1,)),

@@ -39,6 +39,7 @@ NAMES = {  # phase, compressor
   "upper": ("upper", "voco_causal"),
   "lower": ("upper", "voco"),
 }
+QUESTIONS = 30  # of 20 records, every other one with two turns
 THRESHOLD = 0.08  # between what some questions move by and what others do
 
 
@@ -63,7 +64,7 @@ def folder(tmp_path_factory):
     "lower bound, the same under the mask",
     "report",
   ]
-  assert "of 20 answers right, 16 patches as 1 token," in lines[0]
+  assert "of 30 answers right, 16 patches as 1 token," in lines[0]
   assert lines[-1] == f"report: {folder}/run/report.md"
   # A checkpoint has its own copy.
   shutil.rmtree(folder / "tokenizer")
@@ -87,10 +88,10 @@ def test_run_leaves_results(folder):
   assert set(found) == set(NAMES)
   for name, (result, answers) in found.items():
     assert result["phase"] == NAMES[name][0] and result["step"] == 60
-    assert result["total"] == len(answers) == 20
+    assert result["total"] == len(answers) == QUESTIONS
     right = sum(x["answer"] == x["prediction"] for x in answers)
     assert result["correct"] == right
-    assert result["accuracy"] == right / 20
+    assert result["accuracy"] == right / QUESTIONS
   # It learned, or the comparisons below would be about noise.
   assert found["upper"][0]["correct"] >= 10
   answers = {x["prediction"] for x in found["voco"][1]}
@@ -187,7 +188,7 @@ def test_eight_bit_caches_answer_nearly_the_same(folder, tmp_path):
     a["prediction"] == b["prediction"]
     for a, b in zip(exact, rounded, strict=True)
   ]
-  assert len(same) == 20 and sum(same) >= 18
+  assert len(same) == QUESTIONS and sum(same) >= 28
 
 
 def test_fewer_tokens_by_its_program(folder, tmp_path):
@@ -209,7 +210,7 @@ def test_fewer_tokens_by_its_program(folder, tmp_path):
   result, answers = results(tmp_path / "copy")["voco_m1_adaptive"]
   expected, _ = results(folder / "run")["voco"]
   assert result["correct"] == expected["correct"]
-  assert (result["mean_k"], result["k_histogram"]) == (1, {"1": 20})
+  assert (result["mean_k"], result["k_histogram"]) == (1, {"1": QUESTIONS})
   assert {x["num_voco_tokens"] for x in answers} == {1}
 
 
@@ -255,7 +256,7 @@ def test_adaptive_answers_are_those_of_their_number(four_tokens):
   assert result["k_histogram"] == {
     str(m): numbers.count(m) for m in sorted(set(numbers))
   }
-  assert result["mean_k"] == sum(numbers) / 20
+  assert result["mean_k"] == sum(numbers) / QUESTIONS
   assert result["adaptive_threshold"] == THRESHOLD
   # Nothing settles exactly.
   strict, answers = found["voco_adaptive_0"]
@@ -352,12 +353,19 @@ def test_full_disk(folder, tmp_path):
 
 
 def test_bad_records_are_counted(folder, tmp_path):
-  """A damaged image, a question that is too long, and one that is empty."""
+  """A damaged image and questions that are too long; markers do no harm."""
   for i in range(runs.NUM_RECORDS):
     shutil.copy(folder / f"{i}.png", tmp_path)
   (tmp_path / "3.png").write_bytes(b"no image")
   entries = json.loads((folder / "data.json").read_text())
+  for entry in entries:
+    entry["conversations"][0]["value"] = (
+      "<image>\n" + entry["conversations"][0]["value"]
+    )
   entries[5]["conversations"][0]["value"] = "what color is this ? " * 30
+  entries[7]["image"] = ["7.png", "8.png"]
+  entries[7]["conversations"][2]["value"] = "<image>\nis it green ?"
+  entries[9]["conversations"][3]["value"] += " \n"
   (tmp_path / "data.json").write_text(json.dumps(entries))
   loaded = checkpoint.load(str(folder / "run" / "voco"))
 
@@ -367,6 +375,7 @@ def test_bad_records_are_counted(folder, tmp_path):
       path=str(tmp_path / "data.json"),
       image_folder=str(tmp_path),
       on_bad_record=rule,
+      max_images=2,
     )
     config = dataclasses.replace(loaded.config, data=data)
     changed = dataclasses.replace(loaded, config=config)
@@ -375,10 +384,18 @@ def test_bad_records_are_counted(folder, tmp_path):
 
   result, answers = evaluate("skip")
   expected, all_answers = results(folder / "run")["voco"]
-  assert (result["bad_records"], result["total"]) == (2, 18)
+  assert (result["bad_records"], result["total"]) == (2, 26)
   assert expected["bad_records"] == 0
-  left_out = ("r3", "r5")
-  assert answers == [x for x in all_answers if x["record_id"] not in left_out]
+  changed = ("r3", "r5", "r7")
+  same, two = (
+    [x for x in answers if (x["record_id"] in changed) == yes]
+    for yes in (False, True)
+  )
+  assert same == [x for x in all_answers if x["record_id"] not in changed]
+  assert [(x["record_id"], x["turn"], x["question"]) for x in two] == [
+    ("r7", 1, "image 1\nwhat color is this ? number 1"),
+    ("r7", 2, "image 2\nis it green ?"),
+  ]
   with raises(UserError):
     evaluate("stop")
   (tmp_path / "3.png").write_bytes((folder / "3.png").read_bytes())
@@ -432,21 +449,24 @@ def test_answers_by_hand(folder, name):
   )
   assert not missing
   source = make_source(config, "train[:20]")
-  asked = [
-    (source[i], words(source[i].conversations[0][0][0])["input_ids"])
-    for i in range(20)
-  ]
-  tokens = [ids for _, ids in asked]
-  length = max(map(len, tokens)) + 4
-  images = [
-    pipeline.load_images(record, 64, config.data) for record, _ in asked
-  ]
-  forward = jax.jit(model.text_logits, compiler_options=builders.QUICK_COMPILE)
   eos = words.eos_token_id
+  records, tokens = [], []
+  for i in range(20):
+    (conversation,) = source[i].conversations
+    before = []  # the questions and the true answers
+    for question, answer in conversation:
+      before += words(question)["input_ids"]
+      records.append(source[i])
+      tokens.append(list(before))
+      before += [*words(answer)["input_ids"], eos]
+  n = len(records)
+  length = max(map(len, tokens)) + 4
+  images = [pipeline.load_images(one, 64, config.data) for one in records]
+  forward = jax.jit(model.text_logits, compiler_options=builders.QUICK_COMPILE)
   prompts = list(map(len, tokens))
   for _ in range(4):
-    ids = np.zeros((20, length), np.int32)
-    real = np.zeros((20, length), np.int32)
+    ids = np.zeros((n, length), np.int32)
+    real = np.zeros((n, length), np.int32)
     for row, row_tokens in enumerate(tokens):
       ids[row, : len(row_tokens)] = row_tokens
       real[row, : len(row_tokens)] = 1
@@ -454,7 +474,7 @@ def test_answers_by_hand(folder, name):
       params,
       {
         "images": jnp.asarray(np.stack(images)),
-        "image_group_ids": jnp.ones((20, 1), jnp.int32),
+        "image_group_ids": jnp.ones((n, 1), jnp.int32),
         "input_ids": jnp.asarray(ids),
         "segment_ids": jnp.asarray(real),
         "text_group_ids": jnp.asarray(real),
@@ -462,16 +482,18 @@ def test_answers_by_hand(folder, name):
     )
     tokens = [
       row_tokens
-      if eos in row_tokens
+      if eos in row_tokens[prompts[row] :]
       else [*row_tokens, int(np.argmax(logits[row, len(row_tokens) - 1]))]
       for row, row_tokens in enumerate(tokens)
     ]
   answers = [
-    words.decode([t for t in row_tokens[n:] if t != eos]).strip()
-    for row_tokens, n in zip(tokens, prompts, strict=True)
+    words.decode([t for t in row_tokens[at:] if t != eos]).strip()
+    for row_tokens, at in zip(tokens, prompts, strict=True)
   ]
   _, expected = results(folder / "run")[name]
   assert answers == [x["prediction"] for x in expected]
+  turns = [turn for i in range(20) for turn in ((1, 2) if i % 2 else (1,))]
+  assert turns == [x["turn"] for x in expected]
 
 
 def joint_model(loaded, compressor):

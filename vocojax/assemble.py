@@ -31,7 +31,7 @@ from vocojax.data.tokenizer import (
   load_tokenizer,
 )
 from vocojax.errors import CheckpointError, ConfigError, DataError, UserError
-from vocojax.evals import answers
+from vocojax.evals import answers, matches
 from vocojax.inference.engine import Engine
 from vocojax.models.compressors import StreamTokens
 from vocojax.models.vlm import VisionLanguageModel
@@ -343,15 +343,20 @@ def evaluate(
     result = answers.write(
       folder, name, title, found, config, loaded.path, made_by
     )
+  normalized = ""
+  if result["normalized_correct"] != result["correct"]:
+    normalized = f" ({result['normalized_accuracy']:.2%} normalised)"
   seen = len(model.stream.visible)
   tokens = f"{seen} token{'s' if seen > 1 else ''}"
   if adaptive:
     tokens = f"{result['mean_k']:.2f} tokens on average"
   print(
-    f"{title}: {result['accuracy']:.2%} of {result['total']} answers right, "
-    f"{config.model.vision.num_patches} patches as {tokens}, "
+    f"{title}: {result['accuracy']:.2%} of {result['total']} answers right"
+    f"{normalized}, {config.model.vision.num_patches} patches as {tokens}, "
     f"{result['seconds']:.1f} s"
   )
+  if note := matches.note_on_length(result["median_answer_words"]):
+    print(note)
   if found.bad_records:
     print(f"bad records, left out: {found.bad_records:,}")
 
@@ -401,11 +406,7 @@ def load_model(loaded: checkpoint.Loaded, config: Config):
   Raises:
     CheckpointError: it lacks some.
   """
-  # Only training rounds positions.
-  rope = dataclasses.replace(config.model.llm.rope, round_positions="none")
-  llm = dataclasses.replace(config.model.llm, rope=rope)
-  exact = dataclasses.replace(config.model, llm=llm)
-  model = make_model(dataclasses.replace(config, model=exact), loaded.tokenizer)
+  model = make_model(config, loaded.tokenizer).exact
   mesh = sharding.local_mesh(config.mesh)
   params, missing = checkpoint.load_params(
     str(loaded.path), loop.abstract_params(model, mesh), config.model

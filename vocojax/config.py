@@ -45,6 +45,7 @@ _LATER = {
   ),
   "EvaluationConfig": (
     "adaptive_threshold",
+    "every",
     "holdout",
     "image_folder",
     "path",
@@ -531,6 +532,10 @@ class EvaluationConfig:
   # vocojax.evaluate --adaptive reads 1, 2, 4, ... VoCo tokens until no event
   # among an answer's first tokens changes its probability by more than this.
   adaptive_threshold: float = 0.1
+  # Steps between two validations in training, 0 for none: loss and accuracy on
+  # this split, with the true answers as context; also after the last step. The
+  # checkpoint of the lowest loss is kept, and named PHASE/best.
+  every: int = 0
 
   def __post_init__(self):
     if not 0 <= self.adaptive_threshold <= 1:
@@ -560,7 +565,7 @@ class EvaluationConfig:
           f"leave out config.evaluation.{key}, or change the path",
         )
     _positive(self, "evaluation", "batch_size max_new_tokens")
-    _not_negative(self, "evaluation", "max_records")
+    _not_negative(self, "evaluation", "max_records every")
 
 
 @dataclasses.dataclass(frozen=True)

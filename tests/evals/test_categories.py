@@ -11,6 +11,8 @@ from vocojax.evals.categories import category
     ("easy_vqa", "what color is the shape?", "blue", "color"),
     ("easy_vqa", "what is the blue shape?", "circle", "shape"),
     ("easy_vqa", "is there a blue shape?", "yes", "yes/no"),
+    ("llava_json", "is there a blue shape?", "no", "yes/no"),
+    ("llava_json", "what color is the shape?", "blue", "other"),
     (
       "grid_vqa",
       "what color is the object in row 1 column 2 ?",

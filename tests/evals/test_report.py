@@ -52,6 +52,41 @@ def test_numbers_and_pictures(make_workdir):
     assert_drawn(workdir / "report" / f"{name}.png")
 
 
+def test_matches_and_validation(make_workdir):
+  """Both are newer than some results, which have neither."""
+  workdir = make_workdir()
+  text = report.write_report(workdir).read_text()
+  assert "validation loss" not in text and "VQA challenge" not in text
+  before = np.asarray(Image.open(workdir / "report/curves.png"))
+  path = workdir / "evaluation" / "voco.json"
+  newer = {"normalized_accuracy": 0.975, "normalized_correct": 234}
+  newer |= {"median_answer_words": 11.5}
+  path.write_text(json.dumps(json.loads(path.read_text()) | newer))
+  losses = {20: 1.5, 40: 0.25, 60: 0.5, 80: None, 100: 0.75}
+  with (workdir / "voco" / "metrics.jsonl").open("a") as file:
+    for step, loss in losses.items():
+      values = {"loss": loss, "token_accuracy": 0.5, "answer_accuracy": 0.625}
+      line = {f"validation_{key}": x for key, x in values.items()}
+      print(json.dumps({"step": step, "time": 1.7e9} | line), file=file)
+  text = report.write_report(workdir).read_text()
+  assert "97.50 % (234) are if case" in text
+  assert "**Half of the true answers have 11.5 words or more" in text
+  assert "| 233 | 240 | 97.08 % | 97.50 % |" in text
+  assert "| 130 | 240 | 54.17 % | - |" in text
+  assert "| voco, best | 40 | 0.2500 | 62.50 % |" in text
+  assert "| voco, last | 100 | 0.7500 | 62.50 % |" in text
+  assert "| upper, best" not in text
+  after = np.asarray(Image.open(workdir / "report/curves.png")).astype(int)
+  orange = (after[..., 0] > 200) & (after[..., 2] < 40)
+  assert orange.sum() > 200
+  assert not ((before[..., 0] > 200) & (before[..., 2] < 40)).any()
+  path.write_text(
+    json.dumps(json.loads(path.read_text()) | {"median_answer_words": "11"})
+  )
+  with raises(UserError, "field median_answer_words", "'11'"):
+    report.write_report(workdir)
+
+
 def test_categories(make_workdir):
   workdir = make_workdir()
   text = report.write_report(workdir).read_text()

@@ -33,6 +33,7 @@ TAIL = """\
   c.training.update(steps=21, log_every=2, checkpoint_every=3)
   c.training.keep_checkpoints = 1
   c.data.on_bad_record = "skip"
+  c.evaluation.update(every=5, split="train[18:]")
 """
 STEPS = 21
 # An image that is not one: skipped records must be counted the same, too.
@@ -108,7 +109,7 @@ def uninterrupted(folder):
 
 def saved(phase: pathlib.Path):
   """Step, arrays by path, iterator states and sums of the last checkpoint."""
-  (step,) = steps(phase)  # keep_checkpoints is 1
+  *_, step = steps(phase)
   where = phase / "checkpoints" / str(step)
   arrays = {}
   for item in ("params", "optimizer"):
@@ -151,6 +152,11 @@ def next_batch(phase: pathlib.Path) -> pipeline.Batch:
   return batch
 
 
+def best(phase: pathlib.Path) -> int:
+  _, step = checkpoint.find(str(phase / "best"))
+  return step
+
+
 def assert_same_end(a: pathlib.Path, b: pathlib.Path) -> None:
   """Bit for bit, of the phase folders of two runs."""
   (step, arrays, iterator, progress), other = saved(a), saved(b)
@@ -163,6 +169,11 @@ def assert_same_end(a: pathlib.Path, b: pathlib.Path) -> None:
     assert x.tobytes() == other[1][path].tobytes(), path
   lines = runs.metrics(a)
   assert lines == runs.metrics(b)
+  assert steps(a) == steps(b) == sorted({best(b), STEPS})
+  assert best(a) == best(b)
+  validated = [line["step"] for line in lines if "validation_loss" in line]
+  assert validated == [5, 10, 15, 20, 21]
+  lines = [line for line in lines if "loss" in line]
   assert [line["step"] for line in lines] == [*range(2, 21, 2), 21]
   assert lines[-1]["bad_records"] > 0
   batch, expected = next_batch(a), next_batch(b)
@@ -259,7 +270,7 @@ def test_a_signal_saves_and_says_so(folder, uninterrupted, number, name):
   wait_for_step(process, workdir / "full", random.Random(1))
   process.send_signal(number)
   out, err = finish(process, 128 + number)
-  (step,) = steps(workdir / "full")
+  *_, step = steps(workdir / "full")
   assert 0 < step <= STEPS
   assert out == (
     f"full: stopped by {name} after step {step}, saved as "

@@ -24,6 +24,7 @@ TAIL = """\
   c.optimizer.update(learning_rate=0.005, eps=1e-6)
   c.training.update(steps=20, log_every=1, checkpoint_every=100)
   c.data.batch_size = 8
+  c.evaluation.every = 10
 """
 
 
@@ -47,7 +48,8 @@ def train(config, folder, sizes=()):
   with runs.quick_compile():
     params = loop.run(phase)
   lines = runs.metrics(folder)
-  assert [line["step"] for line in lines] == list(range(1, 21))
+  trained = [line["step"] for line in lines if "loss" in line]
+  assert trained == list(range(1, 21))
   return lines, params
 
 
@@ -57,12 +59,15 @@ def one_device(folder):
 
 
 def assert_same_curve(lines, expected):
-  loss, want = ([x["loss"] for x in each] for each in (lines, expected))
-  np.testing.assert_allclose(loss, want, rtol=1e-5)
+  want = [x["loss"] for x in expected if "loss" in x]
   assert want[-1] < 0.8 * want[0]  # it learns, so a curve it is
+  close = {"loss": 1e-5, "validation_loss": 1e-5, "grad_norm": 1e-4}
+  same = ("step", "answer_accuracy", "validation_answer_accuracy")
   for x, y in zip(lines, expected, strict=True):
-    assert x["answer_accuracy"] == y["answer_accuracy"]
-    np.testing.assert_allclose(x["grad_norm"], y["grad_norm"], rtol=1e-4)
+    assert x.keys() == y.keys()
+    assert [x.get(key) for key in same] == [y.get(key) for key in same]
+    for key in close.keys() & x.keys():
+      np.testing.assert_allclose(x[key], y[key], rtol=close[key])
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])

@@ -1,5 +1,9 @@
 """Asks a model every question of a split and compares its answers as strings.
 
+Every turn of a conversation is a question, with the true answers before it in
+the context. An answer is right if it is the true one to the letter; matches.py
+counts those too that are spelled otherwise.
+
 Of several processes each asks its own block of the records, with an engine of
 its own. Read next: inference/engine.py, report.py (which reads what is written
 here).
@@ -24,9 +28,10 @@ from absl import logging
 
 from vocojax.config import Config
 from vocojax.core.files import write_atomic
-from vocojax.data import pipeline
+from vocojax.data import pipeline, prompt
 from vocojax.data.sources import Record, Source
 from vocojax.errors import DataError, UserError
+from vocojax.evals import matches
 from vocojax.evals.categories import category
 from vocojax.inference import adaptive
 from vocojax.inference.engine import Engine, Request
@@ -45,11 +50,12 @@ class Evaluation:
   """What came out.
 
   Attributes:
-    predictions: one dict a question: record_id, question, answer, prediction,
-      category; where it was adaptive, num_voco_tokens too.
+    predictions: one dict a question: record_id, turn of its conversation (from
+      1), question, answer, prediction, category; where it was adaptive,
+      num_voco_tokens too. Markers such as <image> and </s> are left out.
     seconds: compression and answering, without compilation; of the slowest
       process.
-    bad_records: how many were left out.
+    bad_records: how many were left out, or some questions of them.
     kept: image, attention [L, H, K, patches] and id of some records of the
       first process, where the compressor is 'voco'.
   """
@@ -69,6 +75,7 @@ class _Asked:
   """A question on its way."""
 
   record_id: str
+  turn: int  # of its conversation, from 1
   question: str
   truth: str
   prediction: str = ""
@@ -87,9 +94,9 @@ def answer_questions(
 ) -> Evaluation:
   """Compresses each image once and answers all its questions from the cache.
 
-  Each conversation's first question is asked; its answer is the truth. With
-  `int8` the cache is rounded to 8-bit numbers before. Where it `is_adaptive`,
-  each question reads as few VoCo tokens as will do, see inference/adaptive.py.
+  With `int8` the cache is rounded to 8-bit numbers before. Where it
+  `is_adaptive`, each question reads as few VoCo tokens as will do, see
+  inference/adaptive.py.
 
   Raises:
     DataError: a record cannot be asked about and `config.data.on_bad_record` is
@@ -144,12 +151,14 @@ def answer_questions(
     asked += found
     bar.update(len(records))
   bar.close()
+  shown = functools.partial(_without_markers, _markers(tokenizer))
   predictions = [
     {
       "record_id": a.record_id,
-      "question": a.question,
-      "answer": a.truth,
-      "prediction": a.prediction,
+      "turn": a.turn,
+      "question": shown(a.question),
+      "answer": shown(a.truth),
+      "prediction": shown(a.prediction),
       "category": category(config.data.source, a.question, a.truth),
     }
     | ({"num_voco_tokens": a.num_voco_tokens} if is_adaptive else {})
@@ -191,20 +200,27 @@ class _BadRecords:
 
   def __init__(self, rule: str):
     self._rule = rule
-    self._questions: set[str] = set()
-    self.count = 0
+    self._messages: set[str] = set()
+    self._asked_in_part: set[str] = set()
+    self._unreadable = 0
+
+  @property
+  def count(self) -> int:
+    return self._unreadable + len(self._asked_in_part)
 
   def log(self, message: str) -> None:
-    self.count += 1
+    """Counts a record that cannot be read."""
+    self._unreadable += 1
     logging.warning("left out: %s", message)
 
-  def take(self, error: UserError) -> None:
-    """Raises `error`, or leaves its question out."""
+  def take(self, record_id: str, error: UserError) -> None:
+    """Raises `error`, or leaves the question of the record out."""
     if self._rule == "stop":
       raise error
-    if str(error) not in self._questions:  # the first batch is asked twice
-      self._questions.add(str(error))
-      self.log(str(error))
+    self._asked_in_part.add(record_id)
+    if str(error) not in self._messages:  # the first batch is asked twice
+      self._messages.add(str(error))
+      logging.warning("left out: %s", error)
 
 
 def _batches(
@@ -243,39 +259,56 @@ def _answer(
   cache = engine.compress(flat) if flat else None
   if cache is not None and int8:
     cache = cache.quantize()
-  asked, requests, first = [], [], 0
+  pairs, first = [], 0
   for record, pixels in zip(records, images, strict=True):
     own = range(first, first + len(pixels))
     first += len(pixels)
     one = cache.select(own) if cache is not None and own else None
     for conversation in record.conversations:
-      question, truth = conversation[0]
-      asked.append(_Asked(record.id, question, truth))
-      requests.append(
-        Request([(question, None)], one, max_new_tokens=max_new_tokens)
-      )
+      questions, truths = zip(*conversation, strict=True)
+      try:  # markers of later turns are counted, too
+        questions = prompt.place_images(questions, len(pixels))
+      except UserError as e:
+        bad.take(record.id, e.within(f"record {record.id}"))
+        continue
+      for i, (question, truth) in enumerate(
+        zip(questions, truths, strict=True)
+      ):
+        before = zip(questions[:i], truths, strict=False)
+        turns = [*before, (question, None)]
+        request = Request(turns, one, max_new_tokens=max_new_tokens)
+        asked = _Asked(record.id, i + 1, question, truth.strip())
+        pairs.append((asked, request))
   try:
-    _ask(engine, asked, requests, threshold)
+    _ask(engine, pairs, threshold)
   except UserError:
-    pairs = [
-      pair
-      for pair in zip(asked, requests, strict=True)
-      if _can_be_asked(engine, *pair, bad)
-    ]
-    if len(pairs) == len(requests):
+    usable = [(a, r) for a, r in pairs if _can_be_asked(engine, a, r, bad)]
+    if len(usable) == len(pairs):
       raise
-    asked = [one for one, _ in pairs]
-    _ask(engine, asked, [request for _, request in pairs], threshold)
-  return asked
+    pairs = usable
+    _ask(engine, pairs, threshold)
+  return [one for one, _ in pairs]
+
+
+def _markers(tokenizer: transformers.PreTrainedTokenizerFast) -> list[str]:
+  """What stands for something else than its text."""
+  added = tokenizer.added_tokens_decoder.values()
+  return [prompt.IMAGE_MARKER, *(t.content for t in added if t.special)]
+
+
+def _without_markers(markers: list[str], text: str) -> str:
+  for marker in markers:
+    text = text.replace(marker, "")
+  return text.strip()
 
 
 def _ask(
   engine: Engine,
-  asked: list[_Asked],
-  requests: list[Request],
+  pairs: list[tuple[_Asked, Request]],
   threshold: float | None,
 ) -> None:
   """Fills in the answers."""
+  asked, requests = [one for one, _ in pairs], [one for _, one in pairs]
   if threshold is None:
     for index, result in engine.generate(requests):
       asked[index].prediction = result.text
@@ -292,7 +325,7 @@ def _can_be_asked(
   try:
     engine.check(request)
   except UserError as e:
-    bad.take(e.within(f"record {one.record_id}"))
+    bad.take(one.record_id, e.within(f"record {one.record_id}"))
     return False
   return True
 
@@ -359,6 +392,7 @@ def write(
     "accuracy": evaluation.correct / total,
     "correct": evaluation.correct,
     "total": total,
+    **matches.summary(evaluation.predictions),
     "bad_records": evaluation.bad_records,
     "seconds": evaluation.seconds,
     "by_category": dict(groups),

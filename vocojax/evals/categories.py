@@ -13,6 +13,8 @@ def category(source: str, question: str, answer: str) -> str:
     return _of_grid(question)
   if answer in ("yes", "no"):
     return "yes/no"
+  if source != "easy_vqa":
+    return "other"
   return "color" if "color" in question else "shape"
 
 

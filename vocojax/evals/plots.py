@@ -24,6 +24,7 @@ WIDTH = 9.0  # inches
 DPI = 150
 GREEN, RED, GREY = "#1a7f37", "#c0261f", "#6b7280"
 BLUE, ORANGE = "#2563a8", "#d9730d"
+_LOSSES = ("loss", "validation_loss")
 MAX_LAYERS = 5  # panels of single layers in an attention picture
 
 
@@ -61,8 +62,11 @@ def save(figure: Figure, path: pathlib.Path) -> None:
 def curves(phases: Mapping[str, Sequence[Mapping]], path: pathlib.Path) -> None:
   """Draws loss and token/answer accuracy over the steps of each phase.
 
+  Those of validation are drawn over them.
+
   Args:
-    phases: lines of metrics.jsonl by name of phase; phases stand side by side.
+    phases: lines of metrics.jsonl by name of phase, of training and of
+      validation; phases stand side by side.
     path: PNG to write.
   """
   figure = new_figure(5.4)
@@ -70,26 +74,47 @@ def curves(phases: Mapping[str, Sequence[Mapping]], path: pathlib.Path) -> None:
     2, len(phases), squeeze=False, sharex="col", sharey="row"
   )
   for column, (name, lines) in enumerate(phases.items()):
-    steps = [line["step"] for line in lines]
-    # A short run has few points, and a single one makes no line.
-    marker = "o" if len(steps) < 20 else ""
     loss, accuracy = axes[:, column]
-    loss.plot(steps, [x["loss"] for x in lines], color=BLUE, marker=marker)
+
+    def draw(axis, key, color, scale=1, lines=lines, **style):
+      points = [(x["step"], scale * x[key]) for x in lines if key in x]
+      if points:
+        # A short run has few points, and a single one makes no line.
+        marker = "o" if len(points) < 20 else ""
+        style = {"label": key.replace("_", " "), "marker": marker} | style
+        axis.plot(*zip(*points, strict=True), color=color, **style)
+
+    draw(loss, "loss", BLUE, label="training")
+    draw(loss, "validation_loss", ORANGE, label="validation")
+    draw(accuracy, "token_accuracy", GREY, 100)
+    draw(accuracy, "answer_accuracy", GREEN, 100)
+    draw(accuracy, "validation_token_accuracy", GREY, 100, linestyle="--")
+    draw(accuracy, "validation_answer_accuracy", GREEN, 100, linestyle="--")
     loss.set_title(f"phase {name}", parse_math=False)
-    for key, color in (("token_accuracy", GREY), ("answer_accuracy", GREEN)):
-      values = [100 * line[key] for line in lines]
-      label = key.replace("_", " ")
-      accuracy.plot(steps, values, color=color, label=label, marker=marker)
     accuracy.set_xlabel("step")
     accuracy.set_ylim(-2, 102)
     for axis in (loss, accuracy):
       axis.grid(alpha=0.3)
       axis.spines[["top", "right"]].set_visible(False)
-  if all(line["loss"] > 0 for lines in phases.values() for line in lines):
+  every = [line for lines in phases.values() for line in lines]
+  if all(x.get(key, 1) > 0 for x in every for key in _LOSSES):
     axes[0, 0].set_yscale("log")
+  validated = [
+    column
+    for column, lines in enumerate(phases.values())
+    if any("validation_loss" in line for line in lines)
+  ]
+  last = validated[-1] if validated else -1  # its legend has all there is
+  if validated:
+    axes[0, last].legend(loc="upper right", frameon=False)
   axes[0, 0].set_ylabel("loss (nats a token)")
-  axes[1, 0].set_ylabel("accuracy in training (%)")
-  axes[1, -1].legend(loc="lower right", frameon=False)
+  axes[1, 0].set_ylabel("accuracy (%)")
+  figure.legend(
+    *axes[1, last].get_legend_handles_labels(),
+    loc="outside lower center",
+    ncols=4,
+    frameon=False,
+  )
   save(figure, path)
 
 

@@ -21,6 +21,7 @@ from vocojax.config import Config
 from vocojax.core import files, lock
 from vocojax.errors import UserError, shorten
 from vocojax.evals import markdown, plots
+from vocojax.evals.matches import note_on_length
 from vocojax.evals.retention import retention
 
 MAX_SAMPLES = 12  # panels of the grid of answers
@@ -39,6 +40,13 @@ _METRICS = {
   "bad_records": int,
   "time": float,
 }
+_VALIDATION = {
+  "step": int,
+  "validation_loss": _NUMBER,
+  "validation_token_accuracy": _NUMBER,
+  "validation_answer_accuracy": _NUMBER,
+  "time": float,
+}
 _RESULT = {
   "title": str,
   "phase": str,
@@ -51,6 +59,12 @@ _RESULT = {
   "seconds": float,
   "by_category": dict,
   "provenance": dict,
+}
+# Not of results from before there were such matches.
+_NORMALIZED = {
+  "normalized_accuracy": float,
+  "normalized_correct": int,
+  "median_answer_words": float,
 }
 _COUNTS = {"correct": int, "total": int}
 _PREDICTION = {
@@ -216,12 +230,26 @@ def _headline(config: Config, voco) -> str:
   return (
     f"**{_percent(voco['accuracy'])} of {voco['total']:,} questions answered "
     f"right** ({voco['correct']:,}), by greedy decoding from {k} VoCo {tokens} "
-    f"an image.\n\n"
+    f"an image.{_normalized(voco)}\n\n"
     f"- {patches} patches -> {k} {tokens}: {patches / k:g} times fewer.\n"
     f"- The cache of an image, keys and values of every layer, is {kept:,} "
     f"bytes ({config.model.dtype}); of all its patches it would be {whole:,}: "
     f"{100 * (1 - kept / whole):.1f} % saved."
   )
+
+
+def _normalized(voco) -> str:
+  """Matches that are not exact, and what a match means; '' where unknown."""
+  if "normalized_accuracy" not in voco:
+    return ""
+  text = (
+    " An answer is right if it is the true one to the letter; "
+    f"{_percent(voco['normalized_accuracy'])} "
+    f"({voco['normalized_correct']:,}) are if case, punctuation, articles and "
+    "the spelling of numbers do not count, as in the VQA challenge."
+  )
+  note = note_on_length(voco["median_answer_words"])
+  return text + (f"\n\n**{note[0].upper()}{note[1:]}.**" if note else "")
 
 
 def _bounds(results) -> tuple[str, str] | None:
@@ -298,12 +326,20 @@ def _scores(results, path: pathlib.Path) -> str:
     path,
   )
   rows = [
-    (roles[name], r["correct"], r["total"], _percent(r["accuracy"]))
+    (
+      roles[name],
+      r["correct"],
+      r["total"],
+      _percent(r["accuracy"]),
+      _percent(r["normalized_accuracy"]) if "normalized_accuracy" in r else "-",
+    )
     for name, r in results.items()
   ]
   if kept is not None:
-    rows.append((f"**retention**{whose}", "", "", f"**{kept:.1f} %**"))
-  table = markdown.table(("model", "right", "questions", "accuracy"), rows)
+    rows.append((f"**retention**{whose}", "", "", f"**{kept:.1f} %**", ""))
+  table = markdown.table(
+    ("model", "right", "questions", "accuracy", "normalised"), rows
+  )
   return f"## Scores\n\n{table}\n\n{note}\n\n![scores](report/{path.name})"
 
 
@@ -359,8 +395,16 @@ def _attention_section(config: Config, count: int) -> str:
 
 
 def _training(metrics, results) -> str:
-  rows = []
-  for name, lines in metrics.items():
+  rows, validated = [], []
+  for name, all_lines in metrics.items():
+    lines = [x for x in all_lines if "loss" in x]
+    held_out = [x for x in all_lines if "validation_loss" in x]
+    if held_out:
+      best = min(held_out, key=_validation_loss)
+      for which, x in (("best", best), ("last", held_out[-1])):
+        right = _percent(x["validation_answer_accuracy"])
+        loss = f"{x['validation_loss']:.4f}"
+        validated.append((f"{name}, {which}", x["step"], loss, right))
     first, last = lines[0], lines[-1]
     speed = float(np.median([x["images_per_second"] for x in lines]))
     rows.append(
@@ -393,7 +437,23 @@ def _training(metrics, results) -> str:
     "Time is from the first to the last logged step, pauses of a resumed run "
     "included; images/s is the median. Evaluation:\n\n"
     f"{markdown.table(('model', 'time', 'questions/s'), seconds)}\n\n"
-    "![curves](report/curves.png)"
+    f"{_validations(validated)}![curves](report/curves.png)"
+  )
+
+
+def _validation_loss(line) -> float:
+  loss = line["validation_loss"]
+  return loss if math.isfinite(loss) else math.inf
+
+
+def _validations(rows) -> str:
+  if not rows:
+    return ""
+  header = ("phase", "step", "validation loss", "validation answer accuracy")
+  return (
+    "On held-out records, where the model foretells each token of a true "
+    "answer from those before it; the checkpoint of the best is PHASE/best:\n\n"
+    f"{markdown.table(header, rows)}\n\n"
   )
 
 
@@ -441,13 +501,15 @@ def _read_phases(workdir: pathlib.Path, needed: str) -> dict[str, list[dict]]:
   phases = {}
   needed_file = workdir / needed / "metrics.jsonl"
   for path in {*workdir.glob("*/metrics.jsonl"), needed_file}:
-    lines = _read_lines(path, _METRICS)
-    if not lines:
+    lines = _read_lines(path, _METRICS, _VALIDATION)
+    if not any("loss" in line for line in lines):
       raise UserError(path, "nothing in it", "a line for each step", _AGAIN)
     # A resumed run may log a step twice; the later line is the one that
     # counts.
     by_step = {
-      line["step"]: {k: math.nan if v is None else v for k, v in line.items()}
+      (line["step"], "loss" in line): {
+        k: math.nan if v is None else v for k, v in line.items()
+      }
       for line in lines
     }
     phases[path.parent.name] = [by_step[step] for step in sorted(by_step)]
@@ -458,6 +520,8 @@ def _read_result(path: pathlib.Path) -> dict[str, Any]:
   with files.remedy(_AGAIN):
     result = files.read_json(path, dict, UserError)
     files.check_fields(result, path, _RESULT, UserError)
+    if "normalized_accuracy" in result:
+      files.check_fields(result, path, _NORMALIZED, UserError)
     if result["total"] <= 0:
       raise UserError(f"{path}: total", str(result["total"]), "questions")
     # It becomes a path.
@@ -513,10 +577,18 @@ def _read_attention(path: pathlib.Path) -> _Attention:
 
 
 def _read_lines(
-  path: pathlib.Path, fields: Mapping[str, Any]
+  path: pathlib.Path,
+  fields: Mapping[str, Any],
+  validation: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
+  """Lines with these fields, or those of a validation."""
   with files.remedy(_AGAIN):
     return [
-      files.check_fields(line, where, fields, UserError)
+      files.check_fields(
+        line,
+        where,
+        validation if validation and "validation_loss" in line else fields,
+        UserError,
+      )
       for where, line in files.read_json_lines(path, dict, UserError, nan=True)
     ]

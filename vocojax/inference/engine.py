@@ -37,6 +37,7 @@ from vocojax.inference.requests import (
   prepare,
   read_image,
 )
+from vocojax.inference.unseen import Unseen
 from vocojax.models import layers
 from vocojax.models.cache import ImageKeyValues, TextCache
 from vocojax.models.vlm import VisionLanguageModel
@@ -127,6 +128,7 @@ class Engine:
       self.num_image_tokens,
       max_text_length,
     )
+    self._unseen = Unseen(tokenizer, config.data.max_images)
     self._pad_to_square = config.data.pad_to_square
     self._prefill_rows = prefill_rows
     self._model = model
@@ -320,6 +322,7 @@ class Engine:
         jobs.append(prepare(request, cache, index, self._room))
       except UserError as e:
         raise e.within(f"request {index}") from e
+      self._unseen.note(request.turns, cache.num_images if cache else 0)
     return jobs
 
   def _taken(self) -> list[int]:

@@ -90,6 +90,14 @@ class VisionLanguageModel:
     return image_stream(config, self.tokens)
 
   @property
+  def exact(self) -> "VisionLanguageModel":
+    """The model with exact positions; only training rounds them."""
+    rope = dataclasses.replace(self.config.llm.rope, round_positions="none")
+    llm = dataclasses.replace(self.config.llm, rope=rope)
+    config = dataclasses.replace(self.config, llm=llm)
+    return VisionLanguageModel(config, self.tokens, self.text_slots)
+
+  @property
   def teacher(self) -> "VisionLanguageModel":
     """The model that sees all patches; its stream begins this one's."""
     compressor = dataclasses.replace(self.config.compressor, name="full")

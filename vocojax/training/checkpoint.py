@@ -3,10 +3,11 @@
 PHASE/checkpoints/STEP holds `params`, `optimizer` (state and step), `data` (how
 far each share of the data was read), `config`, `tokenizer` (its files),
 `layout` (name and version of the prompt layout) and `progress` (metrics that
-are summed but not logged yet). Orbax writes them in the background, all hosts
-together, and the first host renames the folder when it is complete, so a
-half-written one is never picked up. Whoever only wants weights needs `params`,
-`config`, `tokenizer` and `layout`.
+are summed but not logged yet, and the step with the best validation so far).
+PHASE/best names the checkpoint of that step, which is kept. Orbax writes them
+in the background, all hosts together, and the first host renames the folder
+when it is complete, so a half-written one is never picked up. Whoever only
+wants weights needs `params`, `config`, `tokenizer` and `layout`.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ import jax
 import orbax.checkpoint as ocp
 import transformers
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from vocojax.config import HOW_COMPUTED, Config, ModelConfig
 from vocojax.core import files
@@ -40,6 +42,7 @@ from vocojax.training import checksums, state
 from vocojax.training.state import TrainState
 
 FOLDER = "checkpoints"
+BEST = "best"
 # Files of the item `tokenizer`: the first two are written today.
 _TOKENIZER_FILES = (
   "tokenizer.json",
@@ -87,6 +90,21 @@ class _ArrayHandler(ocp.StandardCheckpointHandler):
     return ocp.StandardCheckpointHandler.typestr()
 
 
+@dataclasses.dataclass
+class _LatestAndBest(preservation_policy.PreservationPolicy):
+  """Keeps the newest checkpoints, and that of the step `best`."""
+
+  latest: int
+  best: float | None = None
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    first = len(checkpoints) - self.latest
+    return [
+      i >= first or saved.step == self.best
+      for i, saved in enumerate(checkpoints)
+    ]
+
+
 class Checkpointer:
   """Saves and restores the checkpoints of one phase."""
 
@@ -101,6 +119,7 @@ class Checkpointer:
     self._layout = prompt.LAYOUTS[config.prompt.layout]
     self._tokenizer = tokenizer
     self._tokenizer_item = tokenizer_files(tokenizer)
+    self._kept = _LatestAndBest(config.training.keep_checkpoints)
     self._handler = _ArrayHandler()
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for item, handler in (
@@ -113,7 +132,7 @@ class Checkpointer:
       self._manager = ocp.CheckpointManager(
         self._folder.absolute(),
         options=ocp.CheckpointManagerOptions(
-          max_to_keep=config.training.keep_checkpoints,
+          preservation_policy=self._kept,
           # Otherwise each host lists the folder, and file systems that hosts
           # share may show a new checkpoint to some of them only.
           single_host_load_and_broadcast=True,
@@ -149,12 +168,14 @@ class Checkpointer:
     Args:
       train_state: parameters and optimiser state, after this step.
       shares: state of the iterator over each share of the data.
-      progress: sums of metrics that are not logged yet.
+      progress: sums of metrics that are not logged yet; the checkpoint of its
+        `best_step` is not deleted to make room.
       source: what tells the data from any other; see `source`.
     """
     step = int(train_state.step)
     if step in self._manager.all_steps():
       return
+    self._kept.best = progress.get("best_step")
     optimizer = {"step": train_state.step, "state": train_state.opt_state}
     items = ocp.args.Composite(
       params=ocp.args.StandardSave(train_state.params),
@@ -367,18 +388,21 @@ def find(path: str) -> tuple[pathlib.Path, int]:
   """The folder of checkpoints and the step that `path` means.
 
   Args:
-    path: a phase folder, its `checkpoints`, or one step in it.
+    path: a phase folder, its `checkpoints`, one step in it, or PHASE/best for
+      that with the best validation.
 
   Raises:
-    CheckpointError: there is no complete checkpoint.
+    CheckpointError: there is no complete checkpoint, or no validation.
   """
   given = files.to_path(path, CheckpointError)
+  best = False
   with files.listing(given, CheckpointError):
     if given.name.isdecimal() and given.is_dir():
       folder, step = given.parent, int(given.name)
     else:
-      folder = given if given.name == FOLDER else given / FOLDER
-      step = None
+      best = given.name == BEST and not given.is_dir()
+      phase = given.parent if best or given.name == FOLDER else given
+      folder, step = phase / FOLDER, None
     if not folder.is_dir():
       phases = sorted(p.parent.name for p in given.glob(f"*/{FOLDER}"))
       raise CheckpointError(
@@ -390,6 +414,8 @@ def find(path: str) -> tuple[pathlib.Path, int]:
   complete = steps(folder)
   if step is None and complete:
     step = max(complete)
+    if best:
+      step = _best_step(folder / str(step))
   if step not in complete:
     raise CheckpointError(
       path,
@@ -400,6 +426,19 @@ def find(path: str) -> tuple[pathlib.Path, int]:
       else "wait: config.training.checkpoint_every says when one is written",
     )
   return folder, step
+
+
+def _best_step(latest: pathlib.Path) -> int:
+  """The step that was the best when the latest checkpoint was written."""
+  found = read_progress(latest).get("best_step")
+  if found is None:
+    raise CheckpointError(
+      latest.parent.parent / BEST,
+      "a run without validation",
+      "steps with a validation loss",
+      "train with config.evaluation.every, or name a step",
+    )
+  return int(found)
 
 
 def load(path: str, layout: str = "") -> Loaded:

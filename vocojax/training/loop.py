@@ -44,6 +44,7 @@ from vocojax.training.optimizer import (
 )
 from vocojax.training.starts import Start
 from vocojax.training.state import TrainState
+from vocojax.training.validation import Validation
 
 
 class NotFiniteError(UserError):
@@ -88,6 +89,18 @@ class Phase:
       batches = math.ceil(batches)  # the last one of an epoch is filled up
     return max(1, round(training.epochs * batches))
 
+  @functools.cached_property
+  def held_out(self) -> Source | None:
+    """What validation reads; None if there is none.
+
+    Raises:
+      DataError: a file or folder is missing, or the split is unknown or empty.
+    """
+    config = self.config
+    if not config.evaluation.every:
+      return None
+    return sources.make_source(config, config.evaluation.split)
+
   @property
   def encoder(self) -> pipeline.Encoder:
     """Makes rows of records."""
@@ -113,8 +126,10 @@ def check(phase: Phase, earlier: Sequence[Phase] = ()) -> None:
     ConfigError: the batch cannot be split, patterns of the optimiser do not fit
       the parameters, or what is frozen starts from nothing.
     UserError: what it starts from, or is taught by, cannot be used.
+    DataError: there is to be validation, and nothing to validate on.
   """
   config = phase.config
+  _ = phase.held_out
   sharding.check_batch(
     phase.mesh, config.data.batch_size, config.training.accumulate
   )
@@ -408,7 +423,19 @@ def _train(
   def train_step(*state_and_batch):
     return compiled(*state_and_batch, teacher)
 
-  return _loop(phase, train_step, train_state, feed, source, checkpoints, sums)
+  validate = None
+  if phase.held_out is not None:
+    validate = Validation(
+      config,
+      phase.model,
+      phase.tokenizer,
+      phase.held_out,
+      abstract.params,
+      mesh,
+    )
+  return _loop(
+    phase, train_step, train_state, feed, source, checkpoints, sums, validate
+  )
 
 
 def _feed(phase: Phase) -> Feed:
@@ -479,7 +506,9 @@ def _in_words(source: dict[str, Any]) -> str:
   return f"{source['records']:,} records ({source['identity'][:24]})"
 
 
-def _loop(phase, train_step, train_state, feed, source, checkpoints, sums):
+def _loop(
+  phase, train_step, train_state, feed, source, checkpoints, sums, validate
+):
   """The steps themselves. A step's metrics are read while the next one runs."""
   config, training = phase.config, phase.config.training
   first = int(train_state.step)
@@ -557,10 +586,33 @@ def _loop(phase, train_step, train_state, feed, source, checkpoints, sums):
     sums.reset()
     started, since_log = time.perf_counter(), number
 
+  def is_best(number: int) -> bool:
+    """Validates after a step; whether no loss before was as low."""
+    nonlocal started
+    begun = time.perf_counter()
+    found = validate(train_state.params)
+    if writer:
+      writer.write(number, found)
+    started += time.perf_counter() - begun
+    loss = found["validation_loss"]
+    sums.values["validated_step"] = number
+    if not loss < sums.values.get("best_loss", math.inf):
+      return False
+    sums.values |= {"best_step": number, "best_loss": loss}
+    return True
+
+  def is_due(number: int) -> bool:
+    every = config.evaluation.every
+    return bool(every) and (number % every == 0 or number == phase.steps)
+
   number, stop = first, False
   closing = contextlib.closing(writer) if writer else contextlib.nullcontext()
   with distributed.Preemption() as preemption, bar, closing:
     pending = None
+    if first < phase.steps and first and is_due(first):
+      # A run that is stopped saves first and leaves the validation to the next.
+      if sums.values.get("validated_step") != first:
+        is_best(first)
     for number in range(first + 1, phase.steps + 1):
       train_state, values = train_step(train_state, next(feed))
       if pending:
@@ -571,12 +623,17 @@ def _loop(phase, train_step, train_state, feed, source, checkpoints, sums):
         pending = None
       last = number == phase.steps
       stop = preemption.arrived()  # ask once: it may come at any moment
-      if last or stop or number % training.checkpoint_every == 0:
+      saves = last or stop or number % training.checkpoint_every == 0
+      validates = is_due(number) and (last or not stop)
+      if saves or validates:
         # Settle first: parameters after a step that is not finite are never
         # written.
         if pending:
           settle(*pending)
         pending = None
+      if validates:
+        saves = is_best(number) or saves
+      if saves:
         sums.values["bad_records"] = bad_before + feed.total(feed.bad_records)
         if writer:
           writer.flush()  # lines up to a checkpoint must not be lost
@@ -593,4 +650,12 @@ def _loop(phase, train_step, train_state, feed, source, checkpoints, sums):
         f"{checkpoints.path(number)}; the same command resumes from there",
         128 + cause,
       )
+  if number > first and first_host and "best_step" in sums.values:
+    print(
+      f"{config.name}: the lowest validation loss, "
+      f"{sums.values['best_loss']:.4f}, is that of step "
+      f"{sums.values['best_step']:.0f}, kept as "
+      f"{phase.folder / checkpoint.BEST}",
+      file=sys.stderr,
+    )
   return train_state.params

@@ -17,6 +17,18 @@ from vocojax.training.state import TrainState
 PER_TOKEN = {"loss", "distill_loss", "teacher_loss"}
 
 
+def make_eval_step(model: VisionLanguageModel) -> Callable:
+  """`(params, batch) -> sums`: `loss` summed over tokens, and `losses.sums`."""
+
+  def eval_step(params: state.Params, batch):
+    targets = losses.next_tokens(batch["labels"], batch["segment_ids"])
+    each, right = model.token_losses(params, batch, jnp.maximum(targets, 0))
+    loss, sums = losses.sums(each, right, targets, batch["segment_ids"])
+    return sums | {"loss": loss}
+
+  return eval_step
+
+
 def init_state(
   params: state.Params,
   optimizer: optax.GradientTransformation,
