@@ -451,7 +451,7 @@ def _validations(rows) -> str:
     return ""
   header = ("phase", "step", "validation loss", "validation answer accuracy")
   return (
-    "On held-out records, where the model foretells each token of a true "
+    "On held-out records, where the model predicts each token of a true "
     "answer from those before it; the checkpoint of the best is PHASE/best:\n\n"
     f"{markdown.table(header, rows)}\n\n"
   )
