@@ -235,7 +235,6 @@ def _data(
     )
     wrong += found.wrong
     yield from data.findings(found, config)
-    yield from data.histogram(found.lengths, config.data.max_text_length)
   if listed:
     files.write_atomic(listed, "".join(f"{one_line(x)}\n" for x in wrong))
 

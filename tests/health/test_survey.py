@@ -260,35 +260,3 @@ def test_no_record_can_be_used(folder):
   bad, records = data.findings(found, config)
   assert (bad.check, bad.found) == ("data of voco, bad records", "2")
   assert records.found.startswith("0 of 2 can be trained on")
-  assert list(data.histogram(found.lengths, 24)) == []
-
-
-def test_histogram():
-  lengths = [0, 1, 1, 2, 3, 3, 3, 3, 9]
-  assert [line.rstrip() for line in data.histogram(lengths, 5)] == [
-    "             0 to 0 ##########                               1",
-    "             1 to 1 ####################                     2",
-    "             2 to 2 ##########                               1",
-    "             3 to 3 ######################################## 4",
-    "             4 to 4                                          0",
-    "             5 to 5                                          0"
-    "  <- a row ends at 5",
-    "             6 to 6                                          0",
-    "             7 to 7                                          0",
-    "             8 to 8                                          0",
-    "             9 to 9 ##########                               1",
-  ]
-
-
-def test_histogram_with_a_long_tail():
-  """Few long ones do not squeeze the others; all are counted."""
-  lengths = [*range(1200), 5000, 60000]
-  lines = list(data.histogram(lengths, 1468))
-  assert len(lines) == 13
-  assert lines[-1].split() == [
-    *"1,200 and more #".split(),
-    "2",
-    *"<- a row ends at 1,468".split(),
-  ]
-  counts = [int(line.split("<-")[0].split()[-1]) for line in lines]
-  assert counts == [100] * 12 + [2]

@@ -7,7 +7,6 @@ records; images are decoded for a sample, since that takes far longer.
 
 import collections
 import dataclasses
-import math
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -23,7 +22,6 @@ from vocojax.data.sources import ODD, Record, Source, record_border
 from vocojax.errors import DataError, OddRecord
 from vocojax.health.findings import Finding, count
 
-_BINS, _BAR = 12, 40  # of the histogram: bins, characters
 SAMPLE = 1000  # records whose images are decoded
 _LONG = 10  # sides of an image as many times each other lose most of it
 
@@ -273,24 +271,3 @@ def findings(found: Survey, config: Config) -> Iterator[Finding]:
 
 def _first(messages: list[str]) -> str:
   return f"{len(messages):,}, the first: {messages[0]}"
-
-
-def histogram(lengths: list[int], limit: int) -> Iterator[str]:
-  """Lines of text: how many conversations have how many tokens.
-
-  The last bin holds the longest hundredth, so that it does not squeeze the
-  others. `limit` is marked.
-  """
-  if not lengths:
-    return
-  values = np.array(lengths)
-  width = max(1, math.ceil(np.percentile(values, 99) / _BINS))
-  counts = np.bincount(np.minimum(values // width, _BINS))
-  for i, number in enumerate(counts):
-    start, stop = i * width, (i + 1) * width
-    last = i == _BINS
-    label = f"{start:,} and more" if last else f"{start:,} to {stop - 1:,}"
-    bar = "#" * math.ceil(_BAR * number / counts.max())
-    inside = start <= limit and (last or limit < stop)
-    mark = f"  <- a row ends at {limit:,}" if inside else ""
-    yield f"  {label:>17} {bar:<{_BAR}} {number:,}{mark}"
