@@ -25,6 +25,7 @@ def get_config():
   vision.update(image_size=64, patch_size=8, feature_layer=-1, hidden_size=64)
   vision.update(num_hidden_layers=2, num_attention_heads=4)
   vision.update(intermediate_size=256, initializer_range=0.1)
+  c.model.compressor.name = "voco"
   c.prompt.layout = "qa_v1"
   c.data.update(source="grid_vqa", max_text_length=112, batch_size=32)
   c.data.update(conversations_per_record=8, batching="slots")

@@ -19,6 +19,7 @@ from vocojax import config
 def get_config():
   c = config.default_config()
   # Not as in the first stage, which may be the start.
+  c.model.compressor.update(name="voco", num_voco_tokens=1)
   c.prompt.update(layout="voco_v1", strip_newlines="original")
   c.data.pad_to_square = True
   c.model.mlp_chunks = 4

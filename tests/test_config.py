@@ -293,7 +293,9 @@ def resolved(phase: config_lib.Config) -> dict:
 
 def test_what_a_start_decides_is_none_until_it_is_known():
   unset = {k for k, v in flat(base().to_dict()).items() if v is None}
-  shape = {k for k in DEFAULTS if re.match(r"model\.(llm|vision)\.", k)}
+  shape = {
+    k for k in DEFAULTS if re.match(r"model\.(llm|vision|compressor)\.", k)
+  }
   assert unset == shape - {"model.llm.rope.round_positions"} | {
     "model.projector",
     "prompt.layout",
@@ -323,7 +325,9 @@ FREE = {
   "model.llm.rope.low_freq_factor": 2.0,
   "model.llm.rope.high_freq_factor": 2.0,
   "model.llm.rope.original_max_position_embeddings": 100,
+  "model.compressor.name": "full",
   "model.compressor.num_voco_tokens": 4,
+  "model.compressor.text_sees_bos": True,
   "model.dtype": "float32",
 }
 # All that says which model it is.
@@ -348,7 +352,7 @@ def test_a_start_decides(key, value):
     unset, lambda p, layout: asked.append((p, layout)) or start
   )
   assert asked == [("elsewhere", "")]
-  own = key in ("model.compressor.num_voco_tokens", "model.dtype")
+  own = key == "model.dtype"
   assert resolved(taken)[key] == (DEFAULTS[key] if own else value)
   c.init_from = "elsewhere"
   (other,) = config_lib.phases(base())
@@ -373,6 +377,11 @@ def test_later_phases_start_from_the_one_before():
   assert start.model.llm.vocab_size == 99
   with pytest.raises(ConfigError):
     config_lib.phases(c, lambda *_: start)  # has another theta
+  c.model.compressor.name = None
+  c.phase.a = {"model": {"compressor": {"name": "full", "num_voco_tokens": 2}}}
+  found = [phase.model.compressor for phase in config_lib.phases(c)]
+  assert [x.name for x in found] == ["full", "voco", "voco"]
+  assert [x.num_voco_tokens for x in found] == [2, 1, 1]
   started = [phase.init_from for phase in config_lib.phases(c)]
   assert started == ["elsewhere", "", "another"]
   c.phase.b = {"model": {"llm": {"rope": {"theta": 1e4}}}}

@@ -25,12 +25,14 @@ from vocojax.errors import ConfigError, shorten
 # Keys that are None unless a config file sets them: as what a phase starts from
 # has them, or else the defaults below.
 _AS_START = re.compile(
-  r"model\.(llm|vision)\.(?!rope\.round_positions).*|model\.projector|"
+  r"model\.(llm|vision|compressor)\.(?!rope\.round_positions).*|"
+  r"model\.projector|"
   r"prompt\..*|data\.pad_to_square"
 )
 # Those of them that may be set to something else than the start has.
 _MAY_DIFFER = re.compile(
-  r"prompt\..*|data\.pad_to_square|model\.llm\.rope\.(?!theta$).*|"
+  r"prompt\..*|data\.pad_to_square|model\.compressor\..*|"
+  r"model\.llm\.rope\.(?!theta$).*|"
   r".*\.initializer_range"
 )
 # Keys that came later: a checkpoint of before them has their defaults.
@@ -653,9 +655,10 @@ def phases(
 
   Phase `p` is the config with the keys under `config.phase.p` laid over it.
   A config without phases is one phase, named by its compressor. Groups of
-  phases that are not named in `config.phases` are left aside. What is None
-  becomes what the phase starts from: `config.init_from`, or the phase before;
-  the first phase alone starts from an `init_from` that is no phase's own.
+  phases that are not named in `config.phases` are left aside. What is None is
+  as in what the phase starts from: `config.init_from`, or the phase before, of
+  which the compressor is not taken. The first phase alone starts from an
+  `init_from` that is no phase's own.
 
   Args:
     config: as `default_config` makes it, changed.
@@ -695,8 +698,12 @@ def phases(
     elif result:
       before, start = f"phase {result[-1].name}", result[-1]
     base = dataclasses.asdict(start) if start else default_values()
+    if not merged["init_from"]:
+      # Phases of one config mostly differ in it.
+      base["model"]["compressor"] = default_values(CompressorConfig)
     resolved = _resolved(merged, base, before, where, "")
-    phase = _phase(resolved | {"name": name or _compressor(merged)}, where)
+    own_name = {"name": name or _compressor(resolved)}
+    phase = _phase(resolved | own_name, where)
     if start is None and vocab_size and _is_unset(merged):
       llm = dataclasses.replace(phase.model.llm, vocab_size=vocab_size(phase))
       model = dataclasses.replace(phase.model, llm=llm)
