@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.fidelity import llava_reference
-from vocojax.config import ModelConfig, default_config, from_mapping
+from vocojax.config import CompressorConfig, ModelConfig
 from vocojax.data import prompt, tokenizer
 from vocojax.errors import DataError
 from vocojax.models import compressors, masks
@@ -124,10 +124,8 @@ def test_positions_are_those_of_one_sequence(llama):
   ids, _ = joint(VICUNA, llama, turns)
   at = ids.index(IMAGE)
   prefix, suffix = prompt.stream_ids(VICUNA, llama)
-  config = default_config().model
-  config.compressor.name = "full"
   stream = compressors.image_stream(
-    from_mapping(ModelConfig, config.to_dict(), "config.model"),
+    ModelConfig(compressor=CompressorConfig(name="full")),
     compressors.StreamTokens(prefix, suffix, VOCO_ID),
   )
   assert stream.visible == tuple(range(at + 576))
