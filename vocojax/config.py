@@ -697,8 +697,7 @@ def phases(
       start = start_config(merged["init_from"], layout)
     elif result:
       before, start = f"phase {result[-1].name}", result[-1]
-    base: dict[str, Any]
-    base = dataclasses.asdict(start) if start else default_values()
+    base: Any = dataclasses.asdict(start) if start else default_values()
     if not merged["init_from"]:
       # Phases of one config mostly differ in it.
       base["model"]["compressor"] = default_values(CompressorConfig)
