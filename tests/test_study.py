@@ -39,7 +39,7 @@ def config_of(command):
     group = functools.reduce(lambda c, k: c[k], groups, config)
     if name == "phases":
       group[name] = (text,)
-    elif isinstance(group[name], str):
+    elif group.get_type(name) is str:
       group[name] = text
     else:
       group[name] = ast.literal_eval(text)
