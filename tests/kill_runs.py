@@ -82,10 +82,10 @@ def wait_for_moment(
   return kind
 
 
-def kill(process: subprocess.Popen) -> bool:
+def kill(process: subprocess.Popen, others: set[str]) -> bool:
   """Kills a run and checks that nothing lives on; False if it had ended."""
   workers = runs.children(process.pid)
-  memory = runs.shared_memory() - _BEFORE
+  memory = runs.shared_memory() - others
   process.kill()
   # Its output ends with the last of its processes.
   _, err = process.communicate(timeout=100)
@@ -95,18 +95,16 @@ def kill(process: subprocess.Popen) -> bool:
   return process.returncode == -9
 
 
-_BEFORE = runs.shared_memory()
-
-
 def run_chain(
   folder: pathlib.Path, workdir: str, kills: int, rng: random.Random
 ) -> collections.Counter:
   """A run that is killed some times, then ends; when it was killed."""
   moments = collections.Counter()
   while moments.total() < kills:
+    others = runs.shared_memory()
     process = start(folder, workdir)
     moment = wait_for_moment(process, folder / workdir, rng)
-    if not kill(process):
+    if not kill(process, others):
       break  # it was done before that many kills
     moments[moment] += 1
   _, err = test_resume.finish(start(folder, workdir))
@@ -119,6 +117,7 @@ def run_pair(
   folder: pathlib.Path, workdir: str, rng: random.Random
 ) -> subprocess.Popen:
   """Two runs at once; one is refused, the other is killed once and ends."""
+  others = runs.shared_memory()
   both = [start(folder, workdir)]
   time.sleep(rng.choice((0, rng.uniform(0, 1))))
   both.append(start(folder, workdir))
@@ -134,7 +133,7 @@ def run_pair(
   assert who.groups() == (str(first.pid), socket.gethostname())
   if rng.random() < 0.5:
     wait_for_moment(first, folder / workdir, rng)
-    kill(first)
+    kill(first, others)
     first = start(folder, workdir)
   _, err = test_resume.finish(first)
   assert "error" not in err, err

@@ -98,17 +98,24 @@ def test_compiled_peak_on_cpu(middle, changes):
   )
 
 
+# A process counts what its parent held when it began; this parent is small.
+_PEAK = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=sys.stderr)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
 def peak_of(*arguments: str) -> int:
   """Bytes that a Python process held at most."""
-  process = subprocess.Popen(
-    [sys.executable, *arguments],
+  process = subprocess.run(
+    [sys.executable, "-c", _PEAK, sys.executable, *arguments],
     cwd=runs.ROOT,
     env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    check=True,
+    stdout=subprocess.PIPE,
   )
-  _, status, used = os.wait4(process.pid, 0)
-  process.returncode = os.waitstatus_to_exitcode(status)
-  assert process.returncode == 0
-  return used.ru_maxrss * 1024
+  return int(process.stdout) * 1024
 
 
 @pytest.mark.slow
