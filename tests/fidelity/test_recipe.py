@@ -48,4 +48,5 @@ def test_refused(keys, where, got):
 
 def test_a_run_by_tokens_needs_no_divisor():
   keys = {"data.batching": "shuffle", "training.loss_mean": "tokens"}
-  phase_of(voco_1tok, **keys | {"data.micro_batch_size": 12})
+  phase = phase_of(voco_1tok, **keys | {"data.micro_batch_size": 12})
+  assert phase.data.batch_size % phase.data.micro_batch_size

@@ -127,8 +127,8 @@ def test_peak_of_a_real_run_on_cpu(middle):
     f"--workdir={middle}/run",
   )
   found = training_memory.estimate(config_of(middle), runs.mesh(), "cpu")
-  foretold = sum(found.values()) + training_memory.COMPILER
-  assert foretold == pytest.approx(peak - without, rel=0.15)
+  estimated = sum(found.values()) + training_memory.COMPILER
+  assert estimated == pytest.approx(peak - without, rel=0.15)
 
 
 def test_a_run_that_does_not_fit():

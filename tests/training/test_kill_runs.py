@@ -22,4 +22,5 @@ def test_three_kills(folder):
 
 @pytest.mark.slow
 def test_a_pair_in_one_workdir(folder):
-  kill_runs.run_pair(folder, "pair", random.Random(0))
+  refused = kill_runs.run_pair(folder, "pair", random.Random(0))
+  assert refused.returncode == 2

@@ -420,4 +420,7 @@ def test_done_phases_need_no_data(sound, begun, tmp_path):
   shutil.copytree(begun, tmp_path / "done")
   config = with_steps(changed(sound, "an answer"), 2)
   phase = runs.phase(config, tmp_path / "unused")
+  done = tmp_path / "done/checkpoints"
+  before = sorted(path.name for path in done.iterdir())
   loop.run(dataclasses.replace(phase, folder=tmp_path / "done"))
+  assert sorted(path.name for path in done.iterdir()) == before
